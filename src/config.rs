@@ -1,0 +1,291 @@
+//! The parameters: `key=value` in, [`Config`] out. Pure, so tested alone.
+//!
+//! Sizes and booleans are spelled as everywhere else in nbdkit; a user must not
+//! have to learn that one filter wants `64KiB` where the others want `64K`.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use crate::block::BlockSize;
+use crate::error::{Error, Result};
+
+/// Which overlay a connection gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ScopeKind {
+    /// One for each export name, shared by its connections.
+    #[default]
+    Export,
+    /// A fresh one for each connection.
+    Connection,
+}
+
+/// When reads copy what they read from the base into the overlay.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum OnRead {
+    #[default]
+    Never,
+    Always,
+    /// While this file exists; it is an absolute path, because nbdkit changes
+    /// its directory to `/` when it goes into the background.
+    WhileExists(PathBuf),
+}
+
+impl OnRead {
+    /// Whether a read that starts now copies.
+    pub fn is_on(&self) -> bool {
+        match self {
+            OnRead::Never => false,
+            OnRead::Always => true,
+            OnRead::WhileExists(path) => path.exists(),
+        }
+    }
+}
+
+/// What the command line asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Config {
+    /// `None`: that of the overlay's file system.
+    pub block_size: Option<BlockSize>,
+    pub on_cache: bool,
+    pub on_read: OnRead,
+    pub scope: ScopeKind,
+    pub serialize: bool,
+}
+
+/// The text for `nbdkit --help`.
+pub const HELP: &std::ffi::CStr = c"\
+cow-block-size=SIZE      Unit of the block map, a power of two from 512 to 2G
+                         (default: the block size of the file system that
+                         holds the overlay, usually 4K).
+cow-on-cache=BOOL        true: cache requests copy data of the plugin into the
+                         overlay (default: false).
+cow-on-read=BOOL|/PATH   true: reads copy data of the plugin into the overlay;
+                         /PATH: only while that path exists (default: false).
+cow-scope=SCOPE          export: one overlay for each export name; connection:
+                         a fresh one for each connection (default: export).
+cow-serialize=BOOL       true: handle one request at a time (default: false).";
+
+impl Config {
+    /// Takes a parameter. `Ok(false)`: the key is none of ours.
+    pub fn set(&mut self, key: &str, value: &OsStr) -> Result<bool> {
+        // A path may be any bytes; nothing that is not UTF-8 is right elsewhere,
+        // and the replacement characters keep it wrong.
+        let path = Path::new(value);
+        let value = &*value.to_string_lossy();
+        match key {
+            "cow-block-size" => {
+                self.block_size = Some(
+                    parse_size(value)
+                        .and_then(BlockSize::new)
+                        .ok_or_else(|| refused(key, value, "a power of two from 512 to 2G"))?,
+                );
+            }
+            "cow-on-cache" => self.on_cache = parse_bool(key, value)?,
+            "cow-on-read" => {
+                self.on_read = if path.is_absolute() {
+                    OnRead::WhileExists(path.into())
+                } else {
+                    match boolean(value) {
+                        Some(true) => OnRead::Always,
+                        Some(false) => OnRead::Never,
+                        None => {
+                            return Err(refused(key, value, "true, false or an absolute path"));
+                        }
+                    }
+                };
+            }
+            "cow-scope" => {
+                self.scope = match value {
+                    "export" => ScopeKind::Export,
+                    "connection" => ScopeKind::Connection,
+                    _ => return Err(refused(key, value, "export or connection")),
+                };
+            }
+            "cow-serialize" => self.serialize = parse_bool(key, value)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+fn refused(key: &str, value: &str, allowed: &str) -> Error {
+    Error::new(
+        libc::EINVAL,
+        format!("{key}={value}: the value must be {allowed}"),
+    )
+}
+
+fn parse_bool(key: &str, value: &str) -> Result<bool> {
+    boolean(value).ok_or_else(|| refused(key, value, "true or false"))
+}
+
+/// The words of `nbdkit_parse_bool`, nbdkit-plugin(3).
+fn boolean(value: &str) -> Option<bool> {
+    match value.to_ascii_lowercase().as_str() {
+        "1" | "true" | "t" | "yes" | "y" | "on" => Some(true),
+        "0" | "false" | "f" | "no" | "n" | "off" => Some(false),
+        _ => None,
+    }
+}
+
+/// A size in bytes, spelled as for `nbdkit_parse_size`, nbdkit-plugin(3): a whole
+/// number and at most one letter, `b` for bytes, `s` for 512-byte sectors, and
+/// `k m g t p e` in either case for powers of 1024.
+fn parse_size(value: &str) -> Option<u64> {
+    let letter = value.find(|c: char| !c.is_ascii_digit());
+    let (number, unit) = value.split_at(letter.unwrap_or(value.len()));
+    let unit: u64 = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "s" => 512,
+        "k" => 1 << 10,
+        "m" => 1 << 20,
+        "g" => 1 << 30,
+        "t" => 1 << 40,
+        "p" => 1 << 50,
+        "e" => 1 << 60,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStrExt;
+
+    fn config(pairs: &[(&str, &str)]) -> Config {
+        let mut config = Config::default();
+        for (key, value) in pairs {
+            assert!(
+                config.set(key, value.as_ref()).expect("a good value"),
+                "{key}"
+            );
+        }
+        config
+    }
+
+    fn refusal(key: &str, value: &str) -> String {
+        Config::default()
+            .set(key, value.as_ref())
+            .expect_err("a bad value")
+            .to_string()
+    }
+
+    #[test]
+    fn sizes_are_spelled_as_nbdkit_spells_them() {
+        for (text, bytes) in [
+            ("512", 512),
+            ("4096b", 4096),
+            ("8s", 4096),
+            ("64K", 65536),
+            ("64k", 65536),
+            ("1M", 1 << 20),
+            ("2G", 1 << 31),
+        ] {
+            let size = config(&[("cow-block-size", text)]).block_size;
+            assert_eq!(size.map(BlockSize::bytes), Some(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_bad_block_size_is_refused_with_what_is_allowed() {
+        for bad in [
+            "",
+            "0",
+            "1",
+            "256",
+            "513",
+            "3000",
+            "4G",
+            "-1",
+            "+4096",
+            " 4096",
+            "abc",
+            "4KB",
+            "K",
+            "16E",
+            "99999999999999999999",
+            "0x1000",
+        ] {
+            assert_eq!(
+                refusal("cow-block-size", bad),
+                format!("cow-block-size={bad}: the value must be a power of two from 512 to 2G")
+            );
+        }
+    }
+
+    #[test]
+    fn booleans_are_spelled_as_nbdkit_spells_them() {
+        for yes in ["1", "true", "t", "YES", "y", "on"] {
+            assert!(config(&[("cow-on-cache", yes)]).on_cache);
+            assert!(config(&[("cow-serialize", yes)]).serialize);
+        }
+        for no in ["0", "false", "F", "no", "n", "off"] {
+            assert!(!config(&[("cow-on-cache", "1"), ("cow-on-cache", no)]).on_cache);
+        }
+        assert_eq!(
+            refusal("cow-serialize", "maybe"),
+            "cow-serialize=maybe: the value must be true or false"
+        );
+    }
+
+    #[test]
+    fn on_read_takes_a_bool_or_an_absolute_path() {
+        assert_eq!(config(&[]).on_read, OnRead::Never);
+        assert_eq!(config(&[("cow-on-read", "true")]).on_read, OnRead::Always);
+        assert_eq!(
+            config(&[("cow-on-read", "/a/b")]).on_read,
+            OnRead::WhileExists("/a/b".into())
+        );
+        for bad in ["a/b", "./true", "", "2"] {
+            assert_eq!(
+                refusal("cow-on-read", bad),
+                format!("cow-on-read={bad}: the value must be true, false or an absolute path")
+            );
+        }
+    }
+
+    #[test]
+    fn a_path_need_not_be_utf8() {
+        let mut config = Config::default();
+        let path = OsStr::from_bytes(b"/tmp/\xff");
+        assert!(config.set("cow-on-read", path).expect("a path"));
+        assert_eq!(config.on_read, OnRead::WhileExists(path.into()));
+    }
+
+    #[test]
+    fn scope_is_export_or_connection() {
+        assert_eq!(config(&[]).scope, ScopeKind::Export);
+        assert_eq!(
+            config(&[("cow-scope", "connection")]).scope,
+            ScopeKind::Connection
+        );
+        assert!(refusal("cow-scope", "disk").contains("export or connection"));
+    }
+
+    #[test]
+    fn a_key_that_is_not_ours_is_left_to_the_next_layer() {
+        let mut config = Config::default();
+        for key in ["file", "cow", "cow-", "cow-block-size ", "COW-SCOPE"] {
+            assert!(
+                !config.set(key, "1".as_ref()).expect("not looked at"),
+                "{key}"
+            );
+        }
+        assert_eq!(config, Config::default());
+    }
+
+    #[test]
+    fn the_help_names_every_parameter() {
+        let help = HELP.to_str().expect("ASCII");
+        for key in [
+            "cow-block-size",
+            "cow-on-cache",
+            "cow-on-read",
+            "cow-scope",
+            "cow-serialize",
+        ] {
+            assert!(help.contains(&format!("{key}=")), "{key}");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! One error type: an errno that reaches the client, and a sentence that
+//! reaches the log.
+//!
+//! The invariant is that the errno is positive. nbdkit hands `*err` to the
+//! client, and an unset or zero `*err` beside a failure would either be sent as
+//! "success" or trip an assertion in the server, depending on its version. So
+//! the number is made sound once, here, and can't be changed afterwards.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+
+use nix::errno::Errno;
+
+/// Why something failed: the errno, what was tried, and the system's reason.
+#[derive(Debug)]
+pub struct Error {
+    errno: i32,
+    tried: Cow<'static, str>,
+    source: Option<io::Error>,
+    reported: bool,
+}
+
+/// What every fallible function of the crate returns.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// A failure that we found ourselves. A number that is no errno becomes `EIO`.
+    pub fn new(errno: i32, tried: impl Into<Cow<'static, str>>) -> Self {
+        Error {
+            errno: if errno > 0 { errno } else { libc::EIO },
+            tried: tried.into(),
+            source: None,
+            reported: false,
+        }
+    }
+
+    /// A failure of the system: its errno is kept, however deep in `source` it lies.
+    pub fn io(source: io::Error, tried: impl Into<Cow<'static, str>>) -> Self {
+        Error {
+            source: None,
+            ..Error::new(errno_of(&source).unwrap_or(libc::EIO), tried)
+        }
+        .with_source(source)
+    }
+
+    /// A failure of the layer below, which has told nbdkit its reason already.
+    pub fn from_below(errno: i32, tried: impl Into<Cow<'static, str>>) -> Self {
+        Error {
+            reported: true,
+            ..Error::new(errno, tried)
+        }
+    }
+
+    /// Memory that could not be had; `what` names what it was for.
+    pub fn no_memory(what: impl Into<Cow<'static, str>>) -> Self {
+        Error::new(libc::ENOMEM, what)
+    }
+
+    fn with_source(mut self, source: io::Error) -> Self {
+        self.source = Some(source);
+        self
+    }
+
+    /// The errno for the client; always positive.
+    pub fn errno(&self) -> i32 {
+        self.errno
+    }
+
+    /// Whether the layer below has already written its own message.
+    pub fn is_reported(&self) -> bool {
+        self.reported
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.tried)?;
+        match &self.source {
+            // The system's words alone: the libraries in between add a number,
+            // or a path that the user has never seen.
+            Some(source) if errno_of(source).is_some() => {
+                write!(f, ": {}", Errno::from_raw(self.errno).desc())
+            }
+            Some(source) => write!(f, ": {source}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source
+            .as_ref()
+            .map(|e| e as &(dyn std::error::Error + 'static))
+    }
+}
+
+/// The errno inside an `io::Error`, also where a library has wrapped the error
+/// of the system call into one of its own.
+fn errno_of(error: &io::Error) -> Option<i32> {
+    if let Some(errno) = error.raw_os_error() {
+        return Some(errno);
+    }
+    let mut source = error
+        .get_ref()
+        .map(|e| e as &(dyn std::error::Error + 'static));
+    while let Some(error) = source {
+        if let Some(errno) = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::raw_os_error)
+        {
+            return Some(errno);
+        }
+        source = error.source();
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errno_is_never_zero_or_negative() {
+        assert_eq!(Error::new(0, "x").errno(), libc::EIO);
+        assert_eq!(Error::new(-5, "x").errno(), libc::EIO);
+        assert_eq!(Error::from_below(0, "x").errno(), libc::EIO);
+        assert_eq!(
+            Error::io(io::Error::other("no errno in here"), "x").errno(),
+            libc::EIO
+        );
+    }
+
+    #[test]
+    fn errno_survives_a_wrapped_error() {
+        // The tempfile library wraps: the number must not be lost on the way.
+        let error = tempfile::Builder::new()
+            .make_in("/nonexistent-directory", |path| {
+                std::fs::File::create_new(path)
+            })
+            .expect_err("the directory does not exist");
+        assert_eq!(Error::io(error, "x").errno(), libc::ENOENT);
+    }
+
+    #[test]
+    fn the_message_has_what_was_tried_and_the_reason() {
+        let error = Error::io(io::Error::from_raw_os_error(libc::ENOSPC), "writing there");
+        assert_eq!(error.to_string(), "writing there: No space left on device");
+        assert!(!error.is_reported());
+        assert!(Error::from_below(libc::EIO, "x").is_reported());
+    }
+}
