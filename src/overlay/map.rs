@@ -1,0 +1,579 @@
+//! The block map: which state each block of the disk is in.
+//!
+//! # States
+//!
+//! | `data` bit | `zero` bit | state | a read gets |
+//! |---|---|---|---|
+//! | 0 | 0 | [`State::Base`] | the bytes of the base |
+//! | 1 | 0 | [`State::Data`] | the bytes of the overlay file |
+//! | 0 | 1 | [`State::Zero`] | zeroes; nothing is stored |
+//! | 1 | 1 | never | |
+//!
+//! One 64-bit word holds 32 blocks, bits 0-31 `data` and bits 32-63 `zero`,
+//! which is the subcluster bitmap of a qcow2 extended L2 entry.
+//!
+//! # Invariants
+//!
+//! 1. Both bits of a block change in one atomic operation, so that nobody sees
+//!    both set or a state in between.
+//! 2. A block never goes back to *base*.
+//! 3. Whoever sets `data` has put all bytes of the block into the file before
+//!    (the bit is stored with *release*, and read with *acquire*). The map can't
+//!    check that: it is the duty of the overlay.
+//! 4. Memory that a reader can reach stays until the map is dropped. That is
+//!    what lets reads go without a lock and without reference counts: a slot of
+//!    the tree goes from *nothing* to *zeroed* to *a node*, never back, and a
+//!    node that was linked in is never unlinked.
+//!
+//! # Shape
+//!
+//! A radix tree: leaves of 64 words (2048 blocks; 8 MiB of disk at 4K blocks),
+//! and as many levels of 512-slot nodes as the disk's size asks for. A part of
+//! the disk that nobody wrote to has no leaf, and one that was zeroed as a whole
+//! has the mark [`ZEROED`] in place of a leaf. So the memory taken follows what
+//! was written, an untouched 7 EiB disk takes one node, and zeroing takes
+//! neither a word per block nor time per block.
+
+use std::alloc::{self, Layout};
+use std::ops::Range;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+use crate::block::BlockNum;
+use crate::error::{Error, Result};
+
+/// Where the bytes of a block are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// In the base: nobody wrote to the block.
+    Base,
+    /// In the overlay file.
+    Data,
+    /// Nowhere: the block reads as zeroes.
+    Zero,
+}
+
+const BLOCKS_PER_WORD: u64 = 32;
+const WORDS_PER_LEAF: u64 = 64;
+const BLOCKS_PER_LEAF: u64 = BLOCKS_PER_WORD * WORDS_PER_LEAF;
+const SLOTS_SHIFT: u32 = 9;
+const SLOTS: usize = 1 << SLOTS_SHIFT;
+
+/// 8 EiB in the smallest blocks; no disk is larger. With five levels of nodes the
+/// tree spans 2^56 blocks, so no shift of a block number overflows.
+const MAX_BLOCKS: u64 = 1 << (63 - 9);
+
+/// A word in which every block is *zero*.
+const ALL_ZERO: u64 = 0xffff_ffff_0000_0000;
+
+struct Leaf([AtomicU64; WORDS_PER_LEAF as usize]);
+
+/// A slot points to another node, to a leaf on the lowest level, or nowhere.
+struct Node([AtomicPtr<u8>; SLOTS]);
+
+/// Stands in a slot for a leaf whose every block is *zero*. No allocation has
+/// this address, because those are aligned.
+const ZEROED: *mut u8 = ptr::without_provenance_mut(1);
+
+/// What a slot of the lowest level holds.
+enum Slot<'a> {
+    /// Every block is *base*.
+    Untouched,
+    /// Every block is *zero*.
+    Zeroed,
+    Leaf(&'a Leaf),
+}
+
+/// See the module's documentation.
+pub struct BlockMap {
+    /// A slot like any other, on top of `levels` levels of nodes.
+    root: AtomicPtr<u8>,
+    levels: u32,
+    blocks: u64,
+}
+
+impl BlockMap {
+    /// A map of `blocks` blocks, all of them *base*; at most 2^54.
+    pub fn new(blocks: BlockNum) -> Self {
+        assert!(blocks.0 <= MAX_BLOCKS, "{blocks:?} is larger than any disk");
+        let leaves = blocks.0.div_ceil(BLOCKS_PER_LEAF);
+        let mut levels = 0;
+        while leaves > 1 << (levels * SLOTS_SHIFT) {
+            levels += 1;
+        }
+        BlockMap {
+            root: AtomicPtr::new(ptr::null_mut()),
+            levels,
+            blocks: blocks.0,
+        }
+    }
+
+    /// The state of `block`. EINVAL if there is no such block.
+    pub fn state(&self, block: BlockNum) -> Result<State> {
+        self.check(&(block..block.next()))?;
+        Ok(self.state_unchecked(block.0))
+    }
+
+    /// The longest run of blocks that starts at the first of `blocks`, ends no
+    /// later than it does, and is in one state: that state, and the run's end.
+    /// EINVAL if `blocks` is empty or reaches past the last block.
+    ///
+    /// Each word is looked at once, at some time during the call: blocks that
+    /// others change meanwhile may be seen before or after the change.
+    pub fn run(&self, blocks: &Range<BlockNum>) -> Result<(State, BlockNum)> {
+        self.check(blocks)?;
+        let (mut at, end) = (blocks.start.0, blocks.end.0);
+        let state = self.state_unchecked(at);
+        while at < end {
+            let (slot, slot_end) = self.lookup(at);
+            let whole = match slot {
+                Slot::Untouched => Some(State::Base),
+                Slot::Zeroed => Some(State::Zero),
+                Slot::Leaf(leaf) => {
+                    let limit = end.min(slot_end);
+                    at = leaf.run_end(at, limit, state);
+                    if at < limit {
+                        break;
+                    }
+                    None
+                }
+            };
+            match whole {
+                Some(other) if other != state => break,
+                Some(_) => at = slot_end,
+                None => {}
+            }
+        }
+        // The first block may have changed between the two looks at it; it was in
+        // `state` at the first, and a run is never empty.
+        Ok((state, BlockNum(at.clamp(blocks.start.0 + 1, end))))
+    }
+
+    /// The runs of `blocks`, one after the other: see [`BlockMap::run`].
+    pub fn runs(
+        &self,
+        blocks: Range<BlockNum>,
+    ) -> impl Iterator<Item = Result<(State, Range<BlockNum>)>> + '_ {
+        let mut rest = blocks;
+        std::iter::from_fn(move || {
+            if rest.start >= rest.end {
+                return None;
+            }
+            Some(self.run(&rest).map(|(state, end)| {
+                let run = rest.start..end;
+                rest.start = end;
+                (state, run)
+            }))
+        })
+    }
+
+    /// Makes `blocks` *data*. Their bytes are in the file: invariant 3.
+    /// ENOMEM if the map can't grow; some of the blocks may be *data* by then.
+    pub fn set_data(&self, blocks: &Range<BlockNum>) -> Result<()> {
+        self.update(blocks, None, |word, mask| {
+            (word | mask) & !(mask << BLOCKS_PER_WORD)
+        })
+    }
+
+    /// Makes `blocks` *zero*, whatever they were. ENOMEM as for [`BlockMap::set_data`].
+    pub fn set_zero(&self, blocks: &Range<BlockNum>) -> Result<()> {
+        self.update(blocks, Some(ZEROED), |word, mask| {
+            (word & !mask) | (mask << BLOCKS_PER_WORD)
+        })
+    }
+
+    /// Makes those of `blocks` that are *base* into *zero*. ENOMEM as for [`BlockMap::set_data`].
+    pub fn set_zero_unless_data(&self, blocks: &Range<BlockNum>) -> Result<()> {
+        self.update(blocks, Some(ZEROED), |word, mask| {
+            word | ((mask & !word) << BLOCKS_PER_WORD)
+        })
+    }
+
+    fn check(&self, blocks: &Range<BlockNum>) -> Result<()> {
+        if blocks.start < blocks.end && blocks.end.0 <= self.blocks {
+            return Ok(());
+        }
+        Err(Error::new(
+            libc::EINVAL,
+            format!(
+                "blocks {} to {} are not within the {} blocks of the disk",
+                blocks.start.0, blocks.end.0, self.blocks
+            ),
+        ))
+    }
+
+    fn state_unchecked(&self, block: u64) -> State {
+        match self.lookup(block).0 {
+            Slot::Untouched => State::Base,
+            Slot::Zeroed => State::Zero,
+            Slot::Leaf(leaf) => {
+                let word = leaf.word(block).load(Ordering::Acquire);
+                let bit = block % BLOCKS_PER_WORD;
+                if word >> bit & 1 != 0 {
+                    State::Data
+                } else if word >> (bit + BLOCKS_PER_WORD) & 1 != 0 {
+                    State::Zero
+                } else {
+                    State::Base
+                }
+            }
+        }
+    }
+
+    /// The slot that is in charge of `block`, and the first block after those
+    /// that the slot is in charge of (a missing node is in charge of much).
+    fn lookup(&self, block: u64) -> (Slot<'_>, u64) {
+        let mut slot = &self.root;
+        let mut shift = self.levels * SLOTS_SHIFT;
+        loop {
+            let target = slot.load(Ordering::Acquire);
+            if target.is_null() || shift == 0 {
+                // At most 2^56: see MAX_BLOCKS.
+                let shift = shift + BLOCKS_PER_LEAF.trailing_zeros();
+                let end = ((block >> shift) + 1) << shift;
+                let found = if target.is_null() {
+                    Slot::Untouched
+                } else if target == ZEROED {
+                    Slot::Zeroed
+                } else {
+                    // SAFETY: on the lowest level a slot that is neither null nor
+                    // ZEROED points to a leaf that `grow` made; it lives as long
+                    // as the map (invariant 4), which `self` borrows.
+                    Slot::Leaf(unsafe { &*target.cast::<Leaf>() })
+                };
+                return (found, end);
+            }
+            shift -= SLOTS_SHIFT;
+            // SAFETY: above the lowest level a slot that is not null points to a
+            // node that `grow` made; it lives as long as the map (invariant 4).
+            let node = unsafe { &*target.cast::<Node>() };
+            slot = &node.0[slot_index(block, shift)];
+        }
+    }
+
+    /// Applies `f(word, mask)` to every word that has blocks of `blocks`, where
+    /// `mask` has their `data` bits. A leaf that lies in `blocks` as a whole and
+    /// does not exist yet becomes `whole_leaf` instead, where that is given.
+    fn update(
+        &self,
+        blocks: &Range<BlockNum>,
+        whole_leaf: Option<*mut u8>,
+        f: impl Fn(u64, u64) -> u64,
+    ) -> Result<()> {
+        self.check(blocks)?;
+        let (mut at, end) = (blocks.start.0, blocks.end.0);
+        while at < end {
+            let leaf_end = (at / BLOCKS_PER_LEAF + 1) * BLOCKS_PER_LEAF;
+            let covers_leaf = at % BLOCKS_PER_LEAF == 0 && (end >= leaf_end || end == self.blocks);
+            let slot = self.leaf_slot(at)?;
+            let limit = end.min(leaf_end);
+            match whole_leaf.filter(|_| covers_leaf) {
+                Some(mark) if mark_slot(slot, mark) => {}
+                _ => leaf_of(slot)?.update(at, limit, &f),
+            }
+            at = limit;
+        }
+        Ok(())
+    }
+
+    /// The slot of the lowest level for `block`; nodes on the way there are made.
+    fn leaf_slot(&self, block: u64) -> Result<&AtomicPtr<u8>> {
+        let mut slot = &self.root;
+        let mut shift = self.levels * SLOTS_SHIFT;
+        while shift > 0 {
+            let mut target = slot.load(Ordering::Acquire);
+            if target.is_null() {
+                target = grow(slot, target, Layout::new::<Node>(), |_| {})?;
+            }
+            shift -= SLOTS_SHIFT;
+            // SAFETY: as in `lookup`.
+            let node = unsafe { &*target.cast::<Node>() };
+            slot = &node.0[slot_index(block, shift)];
+        }
+        Ok(slot)
+    }
+}
+
+fn slot_index(block: u64, shift: u32) -> usize {
+    ((block / BLOCKS_PER_LEAF) >> shift) as usize % SLOTS
+}
+
+/// Puts `mark` into a slot that has no leaf; false if it has one.
+fn mark_slot(slot: &AtomicPtr<u8>, mark: *mut u8) -> bool {
+    match slot.compare_exchange(ptr::null_mut(), mark, Ordering::AcqRel, Ordering::Acquire) {
+        Ok(_) => true,
+        Err(present) => present == mark,
+    }
+}
+
+/// The leaf in `slot`, made if there is none yet: of *zero* blocks in place of
+/// the mark [`ZEROED`], else of *base* blocks.
+fn leaf_of(slot: &AtomicPtr<u8>) -> Result<&Leaf> {
+    let mut target = slot.load(Ordering::Acquire);
+    while target.is_null() || target == ZEROED {
+        let words = if target.is_null() { 0 } else { ALL_ZERO };
+        target = grow(slot, target, Layout::new::<Leaf>(), |new| {
+            // SAFETY: `new` is a fresh allocation with the layout of a leaf, all
+            // zero bytes, which is a valid leaf; nobody else has seen it.
+            for word in unsafe { &mut (*new.cast::<Leaf>()).0 } {
+                *word.get_mut() = words;
+            }
+        })?;
+    }
+    // SAFETY: as in `lookup`.
+    Ok(unsafe { &*target.cast::<Leaf>() })
+}
+
+/// Puts a fresh allocation of zero bytes, finished by `init`, into `slot` in
+/// place of `old`. Returns what the slot holds then: if somebody else was faster,
+/// that is theirs.
+fn grow(
+    slot: &AtomicPtr<u8>,
+    old: *mut u8,
+    layout: Layout,
+    init: impl FnOnce(*mut u8),
+) -> Result<*mut u8> {
+    // SAFETY: the layout is that of a leaf or a node, and their size is not zero.
+    let new = unsafe { alloc::alloc_zeroed(layout) };
+    if new.is_null() {
+        return Err(Error::no_memory("no memory for the block map"));
+    }
+    init(new);
+    match slot.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
+        Ok(_) => Ok(new),
+        Err(present) => {
+            // SAFETY: allocated above with this layout, and never shared.
+            unsafe { alloc::dealloc(new, layout) };
+            Ok(present)
+        }
+    }
+}
+
+impl Leaf {
+    fn word(&self, block: u64) -> &AtomicU64 {
+        &self.0[(block / BLOCKS_PER_WORD % WORDS_PER_LEAF) as usize]
+    }
+
+    /// The end of the run of blocks in `state` that starts at `at`, at most `limit`.
+    fn run_end(&self, mut at: u64, limit: u64, state: State) -> u64 {
+        while at < limit {
+            let word = self.word(at).load(Ordering::Acquire);
+            let (data, zero) = (word as u32, (word >> BLOCKS_PER_WORD) as u32);
+            let same = match state {
+                State::Base => !(data | zero),
+                State::Data => data,
+                State::Zero => zero,
+            };
+            let bit = at % BLOCKS_PER_WORD;
+            let left = BLOCKS_PER_WORD - bit;
+            let run = u64::from((same >> bit).trailing_ones()).min(left);
+            at += run;
+            if run < left {
+                break;
+            }
+        }
+        at.min(limit)
+    }
+
+    fn update(&self, mut at: u64, end: u64, f: impl Fn(u64, u64) -> u64) {
+        while at < end {
+            let bit = at % BLOCKS_PER_WORD;
+            let count = (BLOCKS_PER_WORD - bit).min(end - at);
+            let mask = ((1 << count) - 1) << bit;
+            let word = self.word(at);
+            let mut old = word.load(Ordering::Relaxed);
+            // A sweep over blocks that are right already, the common case when a
+            // disk is written twice, must not take the cache line from readers.
+            while f(old, mask) != old {
+                // Release: invariant 3.
+                match word.compare_exchange_weak(
+                    old,
+                    f(old, mask),
+                    Ordering::Release,
+                    Ordering::Relaxed,
+                ) {
+                    Ok(_) => break,
+                    Err(present) => old = present,
+                }
+            }
+            at += count;
+        }
+    }
+}
+
+impl Drop for BlockMap {
+    fn drop(&mut self) {
+        free(*self.root.get_mut(), self.levels);
+    }
+}
+
+/// Frees what a slot points to, `levels` levels of nodes and the leaves below.
+fn free(target: *mut u8, levels: u32) {
+    if target.is_null() || target == ZEROED {
+        return;
+    }
+    if levels == 0 {
+        // SAFETY: a leaf that `grow` made with this layout; the map is being
+        // dropped, so nobody else can reach it.
+        unsafe { alloc::dealloc(target, Layout::new::<Leaf>()) };
+        return;
+    }
+    // SAFETY: a node that `grow` made; the map is being dropped.
+    let node = unsafe { &mut *target.cast::<Node>() };
+    for slot in &mut node.0 {
+        free(*slot.get_mut(), levels - 1);
+    }
+    // SAFETY: as for the leaf.
+    unsafe { alloc::dealloc(target, Layout::new::<Node>()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn range(blocks: Range<u64>) -> Range<BlockNum> {
+        BlockNum(blocks.start)..BlockNum(blocks.end)
+    }
+
+    fn map(blocks: u64) -> BlockMap {
+        BlockMap::new(BlockNum(blocks))
+    }
+
+    fn runs(map: &BlockMap, blocks: Range<u64>) -> Vec<(State, Range<u64>)> {
+        map.runs(range(blocks))
+            .map(|run| run.expect("in range"))
+            .map(|(state, blocks)| (state, blocks.start.0..blocks.end.0))
+            .collect()
+    }
+
+    #[test]
+    fn out_of_range_is_an_error() {
+        let map = map(100);
+        for bad in [0..101, 100..101, 5..5, 7..6, u64::MAX - 1..u64::MAX] {
+            let bad = range(bad);
+            for result in [
+                map.run(&bad).map(|_| ()),
+                map.set_data(&bad),
+                map.set_zero(&bad),
+                map.set_zero_unless_data(&bad),
+            ] {
+                assert_eq!(result.expect_err("out of range").errno(), libc::EINVAL);
+            }
+        }
+        assert!(map.state(BlockNum(99)).is_ok());
+        assert!(map.state(BlockNum(100)).is_err());
+        assert!(BlockMap::new(BlockNum(0)).state(BlockNum(0)).is_err());
+    }
+
+    #[test]
+    fn an_untouched_disk_of_any_size_is_one_run() {
+        for blocks in [1, 31, 2048, 2049, 1 << 28, 1 << 54, (1 << 54) - 1] {
+            let map = map(blocks);
+            assert_eq!(runs(&map, 0..blocks), [(State::Base, 0..blocks)]);
+        }
+    }
+
+    #[test]
+    fn the_far_end_of_the_largest_disk_can_be_written() {
+        let last = (1 << 54) - 1;
+        let map = map(1 << 54);
+        map.set_data(&range(last..last + 1)).expect("in range");
+        assert_eq!(
+            runs(&map, 0..1 << 54),
+            [(State::Base, 0..last), (State::Data, last..last + 1)]
+        );
+    }
+
+    #[test]
+    fn zeroing_makes_no_leaf_and_data_in_it_makes_one() {
+        let map = map(10 * BLOCKS_PER_LEAF + 7);
+        let all = 0..10 * BLOCKS_PER_LEAF + 7;
+        map.set_zero(&range(all.clone())).expect("in range");
+        assert!(matches!(map.lookup(0).0, Slot::Zeroed));
+        assert!(matches!(map.lookup(all.end - 1).0, Slot::Zeroed));
+        assert_eq!(runs(&map, all.clone()), [(State::Zero, all.clone())]);
+        map.set_data(&range(5000..5001)).expect("in range");
+        assert_eq!(
+            runs(&map, all.clone()),
+            [
+                (State::Zero, 0..5000),
+                (State::Data, 5000..5001),
+                (State::Zero, 5001..all.end)
+            ]
+        );
+        map.set_zero_unless_data(&range(0..all.end))
+            .expect("in range");
+        assert_eq!(map.state(BlockNum(5000)).expect("in range"), State::Data);
+        map.set_zero(&range(0..all.end)).expect("in range");
+        assert_eq!(runs(&map, all.clone()), [(State::Zero, all)]);
+    }
+
+    #[test]
+    fn threads_that_set_neighbouring_blocks_lose_none() {
+        let map = map(4 * BLOCKS_PER_LEAF);
+        let threads = 4;
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                let map = &map;
+                scope.spawn(move || {
+                    for block in (thread..4 * BLOCKS_PER_LEAF).step_by(threads as usize) {
+                        let block = range(block..block + 1);
+                        match thread % 2 {
+                            0 => map.set_data(&block),
+                            _ => map.set_zero(&block),
+                        }
+                        .expect("in range");
+                    }
+                });
+            }
+        });
+        for block in 0..4 * BLOCKS_PER_LEAF {
+            let expected = [State::Data, State::Zero][block as usize % 2];
+            assert_eq!(map.state(BlockNum(block)).expect("in range"), expected);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn runs_equal_a_plain_vector_of_states(
+            blocks in 1u64..9000,
+            operations in prop::collection::vec((0..3, any::<u64>(), any::<u64>()), 0..40)
+        ) {
+            let map = map(blocks);
+            let mut model = vec![State::Base; blocks as usize];
+            for (operation, a, b) in operations {
+                let (a, b) = (a % blocks, b % blocks);
+                let (start, end) = (a.min(b), a.max(b) + 1);
+                let touched = &mut model[start as usize..end as usize];
+                match operation {
+                    0 => {
+                        map.set_data(&range(start..end)).expect("in range");
+                        touched.fill(State::Data);
+                    }
+                    1 => {
+                        map.set_zero(&range(start..end)).expect("in range");
+                        touched.fill(State::Zero);
+                    }
+                    _ => {
+                        map.set_zero_unless_data(&range(start..end)).expect("in range");
+                        for state in touched.iter_mut().filter(|state| **state == State::Base) {
+                            *state = State::Zero;
+                        }
+                    }
+                }
+            }
+            let mut at = 0;
+            for (state, run) in runs(&map, 0..blocks) {
+                prop_assert_eq!(run.start, at);
+                prop_assert!(run.end > at);
+                prop_assert!(model[at as usize..run.end as usize].iter().all(|s| *s == state));
+                if run.end < blocks {
+                    prop_assert_ne!(model[run.end as usize], state, "a run ended too soon");
+                }
+                at = run.end;
+            }
+            prop_assert_eq!(at, blocks);
+        }
+    }
+}

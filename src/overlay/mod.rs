@@ -1,0 +1,382 @@
+//! The overlay: a disk that can be written to, over a base that never changes.
+//!
+//! A block's bytes are in the base, in the [`Store`], or nowhere (zeroes); the
+//! [`BlockMap`] says which. Requests run in parallel. This module holds all the
+//! locking there is, and the argument for it.
+//!
+//! # Who changes what
+//!
+//! | operation | stripes | writes to the store | then publishes |
+//! |---|---|---|---|
+//! | read | none | nothing | nothing |
+//! | write of whole blocks | shared | the client's bytes | *data* (*zero*, if all zeroes and no data yet) |
+//! | write into a *data* block, in place | shared | the client's bytes | nothing |
+//! | zeroes that keep their space | shared | zeroes | *data* |
+//! | fill | exclusive | whole blocks | *data* or *zero* |
+//! | discard (trim, zeroes that may trim) | exclusive | a hole, after publishing | *zero* |
+//!
+//! A *fill* writes bytes that its client did not send: the rest of the block
+//! around a partial write, what cow-on-read and cow-on-cache save. Fills are
+//! where data is lost if one is careless, because between reading the base and
+//! writing to the store another request may have written to the block.
+//!
+//! # The rule
+//!
+//! *The base never changes, so read it without a lock; then lock, look at the
+//! state again, and only then write and publish.* No stripe is held across a
+//! call to the base.
+//!
+//! # Why no acknowledged write is lost
+//!
+//! Take a write W that was acknowledged, and some byte of it in block b. What
+//! could put another value there that no later request asked for?
+//!
+//! - *A fill of b that read the base before W.* It has to take b's stripe
+//!   exclusively and look at the state again. If W was a whole block or a fill
+//!   itself, b is *data* or *zero* by then, and the fill either writes its own
+//!   client's bytes in place, or fills with zeroes, or is dropped. If W was in
+//!   place, b was *data* all along. If W comes after the fill has let go, W sees
+//!   *data*. There is no fourth case, since W holds the stripe shared from its
+//!   look at the state until it has published.
+//! - *A discard that another client sent to other bytes of b.* Partial zeroes are
+//!   a write in place or a fill, so they write those other bytes only, or are
+//!   covered above. A discard of b as a whole overlaps W: it came later, or the
+//!   two were in flight together and either order is right. But it must be one
+//!   of the two for all of b: so publishing *zero* and punching the hole happen
+//!   under one exclusive hold, or a W that comes between would be published and
+//!   then punched out.
+//! - *A write of whole blocks, of which b is one, in flight together with W.* It
+//!   overlaps W, either order is right. If it is all zeroes and b has become
+//!   *data* under its hands (through W, which also holds the stripe shared, so
+//!   W is a whole-block write), it is dropped for b: that is the order "zeroes
+//!   first". Fills and discards can't be in between: they need the stripe alone.
+//! - *A read that started before W and copies (cow-on-read).* It is a fill.
+//!
+//! A read takes no lock. It sees a state, then reads from where the state says.
+//! If the state changes in between, the change was in flight together with the
+//! read: it may get the old bytes, the new ones, or zeroes where a discard was in
+//! flight. It can't see bytes that never were, because *data* is published after
+//! the bytes are there, and the store is never truncated or reused for another
+//! block.
+//!
+//! # When something fails
+//!
+//! A state is published only after the store has taken the bytes, so a block
+//! that could not be stored is what it was before.
+
+mod directory;
+mod extents;
+mod map;
+pub mod scope;
+mod store;
+mod stripes;
+mod zero;
+
+use std::ops::Range;
+
+pub use directory::Directory;
+pub use map::State;
+pub use store::{Store, TemporaryStore};
+pub use zero::Zeroing;
+
+use crate::base::Base;
+use crate::block::{BlockNum, BlockSize, ByteRange, Piece};
+use crate::error::{Error, Result};
+use map::BlockMap;
+use stripes::Stripes;
+
+/// How much of the base cow-on-cache reads at a time: it bounds the memory that
+/// a request of up to 4G takes.
+const CACHE_CHUNK: u64 = 4 << 20;
+
+/// See the module's documentation.
+pub struct Overlay<S> {
+    size: u64,
+    block_size: BlockSize,
+    map: BlockMap,
+    stripes: Stripes,
+    store: S,
+}
+
+/// What a partial write puts into its block.
+#[derive(Clone, Copy)]
+enum New<'a> {
+    Bytes(&'a [u8]),
+    /// Zeroes; `may_trim`: they need not take space.
+    Zeroes {
+        may_trim: bool,
+    },
+}
+
+impl<S: Store> Overlay<S> {
+    /// An overlay in which nothing was written yet, for a disk of `size` bytes.
+    pub fn new(size: u64, block_size: BlockSize, store: S) -> Self {
+        Overlay {
+            size,
+            block_size,
+            map: BlockMap::new(block_size.count(size)),
+            stripes: Stripes::new(block_size),
+            store,
+        }
+    }
+
+    /// The disk's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where the bytes are kept.
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// The state of the block that holds the byte at `offset`.
+    pub fn state_at(&self, offset: u64) -> Result<State> {
+        self.map.state(self.block_size.block_of(offset))
+    }
+
+    /// Fills `buf` with the disk's bytes at `offset`. With `copy`, whole blocks
+    /// of the base are read and saved in the overlay (cow-on-read); that they
+    /// can't be saved does not make the read fail.
+    pub fn read(&self, base: &impl Base, buf: &mut [u8], offset: u64, copy: bool) -> Result<()> {
+        let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
+        for run in self.map.runs(self.block_size.touched_by(range)) {
+            let (state, blocks) = run?;
+            let part = self.bytes_of(&blocks).clamp_to(range);
+            log::trace!("read {part:?}: {state:?}");
+            let piece = &mut buf[part.in_buffer(offset)];
+            match state {
+                State::Zero => piece.fill(0),
+                State::Data => self.store.read(piece, part.start)?,
+                State::Base if copy => self.read_and_copy(base, piece, part)?,
+                State::Base => base.read(piece, part.start)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn read_and_copy(&self, base: &impl Base, buf: &mut [u8], part: ByteRange) -> Result<()> {
+        let blocks = self.block_size.touched_by(part);
+        let whole = self.bytes_of(&blocks);
+        let filled = if whole == part {
+            base.read(buf, part.start)?;
+            self.fill(blocks, buf)
+        } else {
+            let mut block_bytes = buffer(whole.len())?;
+            base.read(&mut block_bytes, whole.start)?;
+            buf.copy_from_slice(&block_bytes[part.in_buffer(whole.start)]);
+            self.fill(blocks, &block_bytes)
+        };
+        if let Err(e) = filled {
+            log::debug!("cow-on-read: {part:?} is not saved: {e}");
+        }
+        Ok(())
+    }
+
+    /// Writes `buf` at `offset`.
+    pub fn write(&self, base: &impl Base, buf: &[u8], offset: u64) -> Result<()> {
+        let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
+        for piece in self.block_size.pieces(range, self.size) {
+            log::trace!("write {piece:?}");
+            match piece {
+                Piece::Partial { block, bytes } => {
+                    self.modify(
+                        base,
+                        block,
+                        bytes,
+                        New::Bytes(&buf[bytes.in_buffer(offset)]),
+                    )?;
+                }
+                Piece::Whole { blocks, bytes } => {
+                    let _held = self.stripes.shared(&blocks);
+                    self.store_blocks(&blocks, &buf[bytes.in_buffer(offset)])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes `bytes` of `block`, which has others that must stay as they are.
+    fn modify(
+        &self,
+        base: &impl Base,
+        block: BlockNum,
+        bytes: ByteRange,
+        new: New<'_>,
+    ) -> Result<()> {
+        let blocks = block..block.next();
+        let before = {
+            let _held = self.stripes.shared(&blocks);
+            match self.map.state(block)? {
+                State::Data => return self.modify_in_place(bytes, new),
+                // Right whatever others do meanwhile: at this moment the block
+                // was zeroes, and that is where this request is in the order.
+                State::Zero if matches!(new, New::Zeroes { may_trim: true }) => return Ok(()),
+                before => before,
+            }
+        };
+
+        let whole = self.bytes_of(&blocks);
+        let mut block_bytes = buffer(whole.len())?;
+        if before == State::Base {
+            // One call: with a slow base the number of calls is what costs.
+            let missing = if bytes.start == whole.start {
+                bytes.end..whole.end
+            } else if bytes.end == whole.end {
+                whole.start..bytes.start
+            } else {
+                whole.start..whole.end
+            };
+            let missing = ByteRange {
+                start: missing.start,
+                end: missing.end,
+            };
+            base.read(
+                &mut block_bytes[missing.in_buffer(whole.start)],
+                missing.start,
+            )?;
+        }
+
+        let _held = self.stripes.exclusive(&blocks);
+        match self.map.state(block)? {
+            State::Data => return self.modify_in_place(bytes, new),
+            State::Zero if before == State::Base => block_bytes.fill(0),
+            State::Zero | State::Base => {}
+        }
+        let target = &mut block_bytes[bytes.in_buffer(whole.start)];
+        match new {
+            New::Bytes(client) => target.copy_from_slice(client),
+            New::Zeroes { .. } => target.fill(0),
+        }
+        if matches!(new, New::Zeroes { may_trim: false }) {
+            // The client wants the space: a block that is all zeroes is stored too.
+            self.store.write(&block_bytes, whole.start)?;
+            return self.map.set_data(&blocks);
+        }
+        self.store_blocks(&blocks, &block_bytes)
+    }
+
+    /// Changes bytes of a *data* block. The caller holds its stripe, shared at least.
+    fn modify_in_place(&self, bytes: ByteRange, new: New<'_>) -> Result<()> {
+        match new {
+            New::Bytes(client) => self.store.write(client, bytes.start),
+            New::Zeroes { may_trim } => {
+                if may_trim && self.store.punch(bytes)? {
+                    return Ok(());
+                }
+                self.write_zeroes(bytes)
+            }
+        }
+    }
+
+    /// Puts `bytes`, which are all those of `blocks`, into the store, and publishes.
+    /// The caller holds the stripes of `blocks`, shared at least.
+    ///
+    /// Blocks of zeroes that have no data are not stored. Looking for them costs
+    /// a word a block where there is data.
+    fn store_blocks(&self, blocks: &Range<BlockNum>, bytes: &[u8]) -> Result<()> {
+        let origin = self.block_size.start_of(blocks.start);
+        let mut rest = blocks.clone();
+        while rest.start < rest.end {
+            let stored = self.must_store(rest.start, bytes, origin)?;
+            let mut end = rest.start.next();
+            while end < rest.end && self.must_store(end, bytes, origin)? == stored {
+                end = end.next();
+            }
+            let run = rest.start..end;
+            if stored {
+                let part = self.bytes_of(&run);
+                self.store
+                    .write(&bytes[part.in_buffer(origin)], part.start)?;
+                self.map.set_data(&run)?;
+            } else {
+                self.map.set_zero_unless_data(&run)?;
+            }
+            rest.start = end;
+        }
+        Ok(())
+    }
+
+    fn must_store(&self, block: BlockNum, bytes: &[u8], origin: u64) -> Result<bool> {
+        let part = self.bytes_of(&(block..block.next())).in_buffer(origin);
+        Ok(!is_zero(&bytes[part]) || self.map.state(block)? == State::Data)
+    }
+
+    /// Saves `bytes`, which the base has in `blocks`, where the blocks are still
+    /// *base*. One stripe at a time, so that writers beside it wait for no more
+    /// than the copying of one area.
+    fn fill(&self, blocks: Range<BlockNum>, bytes: &[u8]) -> Result<()> {
+        let origin = self.block_size.start_of(blocks.start);
+        let mut rest = blocks;
+        while rest.start < rest.end {
+            let area = rest.start..rest.end.min(self.stripes.area_end(rest.start));
+            rest.start = area.end;
+            let _held = self.stripes.exclusive(&area);
+            for run in self.map.runs(area) {
+                let (state, run) = run?;
+                if state == State::Base {
+                    let part = self.bytes_of(&run).in_buffer(origin);
+                    self.store_blocks(&run, &bytes[part])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Prefetches `len` bytes at `offset`: asks the base to, where the bytes are
+    /// still there; with `copy`, saves them in the overlay (cow-on-cache).
+    pub fn cache(&self, base: &impl Base, offset: u64, len: u64, copy: bool) -> Result<()> {
+        let range = ByteRange::checked(offset, len, self.size)?;
+        for run in self.map.runs(self.block_size.touched_by(range)) {
+            let (state, blocks) = run?;
+            let bytes = self.bytes_of(&blocks);
+            log::trace!("cache {bytes:?}: {state:?}");
+            match state {
+                State::Data | State::Zero => {}
+                State::Base if copy => self.copy_from_base(base, blocks)?,
+                State::Base => base.cache(bytes.clamp_to(range))?,
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_from_base(&self, base: &impl Base, blocks: Range<BlockNum>) -> Result<()> {
+        let step = (CACHE_CHUNK / self.block_size.bytes()).max(1);
+        let mut rest = blocks;
+        let first = rest.start..rest.end.min(BlockNum(rest.start.0 + step));
+        let mut bytes = buffer(self.bytes_of(&first).len())?;
+        while rest.start < rest.end {
+            let chunk = rest.start..rest.end.min(BlockNum(rest.start.0 + step));
+            rest.start = chunk.end;
+            let part = self.bytes_of(&chunk);
+            let bytes = &mut bytes[part.in_buffer(part.start)];
+            base.read(bytes, part.start)?;
+            self.fill(chunk, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn bytes_of(&self, blocks: &Range<BlockNum>) -> ByteRange {
+        self.block_size.bytes_of(blocks, self.size)
+    }
+}
+
+/// A buffer of zero bytes; ENOMEM, not an abort, where there is no memory for it.
+fn buffer(len: u64) -> Result<Vec<u8>> {
+    let mut buffer = Vec::new();
+    buffer
+        .try_reserve_exact(len as usize)
+        .map_err(|_| Error::no_memory(format!("no memory for {len} bytes of a block")))?;
+    buffer.resize(len as usize, 0);
+    Ok(buffer)
+}
+
+/// Whether all of `bytes` are zero. Stops at the first word that is not.
+fn is_zero(bytes: &[u8]) -> bool {
+    let words = bytes.chunks_exact(16);
+    let rest = words.remainder();
+    words
+        .map(|word| u128::from_ne_bytes(word.try_into().expect("16 bytes")))
+        .all(|word| word == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}

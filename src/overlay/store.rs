@@ -1,0 +1,211 @@
+//! The overlay file: where the bytes of *data* blocks are.
+//!
+//! The byte at offset *n* of the disk is stored at offset *n*. A file system
+//! limits a file's size and a disk may be larger (NBD allows 8 EiB less one
+//! byte), so the store is a row of sparse files, the *segments*, each of the size
+//! that the directory was found to allow (8 TiB at most), and made when something
+//! is first written to it.
+//!
+//! The files have no name: nobody else can open them, and the system removes
+//! them when nbdkit ends, however it ends.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::directory::Directory;
+use crate::block::ByteRange;
+use crate::error::{Error, Result};
+
+/// Where an overlay keeps its bytes. A trait, so that tests can make each
+/// operation fail or wait.
+pub trait Store: Send + Sync {
+    /// Fills `buf` from `offset`. Bytes that were never written read as zeroes.
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+
+    /// Writes all of `buf` at `offset`.
+    fn write(&self, buf: &[u8], offset: u64) -> Result<()>;
+
+    /// Makes `range` read as zeroes and gives its space back. `false`: can't be
+    /// done here, and nothing has changed.
+    fn punch(&self, range: ByteRange) -> Result<bool>;
+
+    /// Makes `range` read as zeroes and keeps or takes space for it, without
+    /// writing them. `false`: can't be done here, and nothing has changed.
+    fn zero_range(&self, range: ByteRange) -> Result<bool>;
+
+    /// Whether [`Store::zero_range`] works here.
+    fn can_zero_range(&self) -> bool;
+}
+
+/// Segments are found through two tables, so that the largest disk costs some
+/// kilobytes before anything is written to it.
+const SEGMENTS_PER_TABLE: u64 = 1024;
+
+type Table = Box<[OnceLock<File>]>;
+
+/// A store in files without a name.
+pub struct TemporaryStore {
+    directory: Arc<Directory>,
+    size: u64,
+    tables: Box<[OnceLock<Table>]>,
+    /// Taken to make a segment, so that two writers don't make the same one
+    /// twice. Innermost lock: nothing else is taken while it is held.
+    making: Mutex<()>,
+}
+
+impl TemporaryStore {
+    /// A store for a disk of `size` bytes; no file is made yet.
+    pub fn new(directory: Arc<Directory>, size: u64) -> Self {
+        let tables = size
+            .div_ceil(directory.segment_size())
+            .div_ceil(SEGMENTS_PER_TABLE);
+        TemporaryStore {
+            directory,
+            size,
+            tables: (0..tables).map(|_| OnceLock::new()).collect(),
+            making: Mutex::new(()),
+        }
+    }
+
+    fn slot(&self, index: u64) -> Option<&OnceLock<File>> {
+        let table = self.tables[(index / SEGMENTS_PER_TABLE) as usize].get()?;
+        Some(&table[(index % SEGMENTS_PER_TABLE) as usize])
+    }
+
+    /// The segment, or `None` if nothing was written to it.
+    fn present(&self, index: u64) -> Option<&File> {
+        self.slot(index)?.get()
+    }
+
+    fn present_or_new(&self, index: u64) -> Result<&File> {
+        if let Some(file) = self.present(index) {
+            return Ok(file);
+        }
+        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = &self.tables[(index / SEGMENTS_PER_TABLE) as usize]
+            .get_or_init(|| (0..SEGMENTS_PER_TABLE).map(|_| OnceLock::new()).collect())
+            [(index % SEGMENTS_PER_TABLE) as usize];
+        if let Some(file) = slot.get() {
+            return Ok(file);
+        }
+        let start = index * self.directory.segment_size();
+        let file = self
+            .directory
+            .make_file((self.size - start).min(self.directory.segment_size()))?;
+        log::debug!("made the overlay file for offset {start} on");
+        Ok(slot.get_or_init(|| file))
+    }
+
+    /// The parts of `range` that lie in one segment each: the segment's index,
+    /// the offset in it, and the part.
+    fn parts(&self, range: ByteRange) -> impl Iterator<Item = (u64, u64, ByteRange)> + use<> {
+        let segment_size = self.directory.segment_size();
+        let mut rest = range;
+        std::iter::from_fn(move || {
+            if rest.is_empty() {
+                return None;
+            }
+            let index = rest.start / segment_size;
+            let part = ByteRange {
+                start: rest.start,
+                end: rest.end.min((index + 1) * segment_size),
+            };
+            rest.start = part.end;
+            Some((index, part.start % segment_size, part))
+        })
+    }
+
+    fn error(&self, source: io::Error, tried: &str, part: ByteRange) -> Error {
+        Error::io(
+            source,
+            format!(
+                "{tried} the overlay in {} ({} bytes at offset {})",
+                self.directory.path().display(),
+                part.len(),
+                part.start
+            ),
+        )
+    }
+
+    fn fallocate(
+        &self,
+        file: &File,
+        flags: FallocateFlags,
+        offset: u64,
+        part: ByteRange,
+        tried: &str,
+    ) -> Result<bool> {
+        loop {
+            // The casts are sound: no segment is larger than 8 TiB.
+            match fallocate(file.as_fd(), flags, offset as i64, part.len() as i64) {
+                Ok(()) => return Ok(true),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => return Ok(false),
+                Err(errno) => return Err(self.error(errno.into(), tried, part)),
+            }
+        }
+    }
+}
+
+impl Store for TemporaryStore {
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
+        for (index, at, part) in self.parts(range) {
+            let piece = &mut buf[part.in_buffer(offset)];
+            match self.present(index) {
+                Some(file) => file
+                    .read_exact_at(piece, at)
+                    .map_err(|e| self.error(e, "reading", part))?,
+                None => piece.fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
+        for (index, at, part) in self.parts(range) {
+            self.present_or_new(index)?
+                .write_all_at(&buf[part.in_buffer(offset)], at)
+                .map_err(|e| self.error(e, "writing to", part))?;
+        }
+        Ok(())
+    }
+
+    fn punch(&self, range: ByteRange) -> Result<bool> {
+        if !self.directory.can_punch() {
+            return Ok(false);
+        }
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let mut done = true;
+        for (index, at, part) in self.parts(range) {
+            if let Some(file) = self.present(index) {
+                done &= self.fallocate(file, flags, at, part, "punching a hole in")?;
+            }
+        }
+        Ok(done)
+    }
+
+    fn zero_range(&self, range: ByteRange) -> Result<bool> {
+        if !self.can_zero_range() {
+            return Ok(false);
+        }
+        let flags = FallocateFlags::FALLOC_FL_ZERO_RANGE;
+        let mut done = true;
+        for (index, at, part) in self.parts(range) {
+            let file = self.present_or_new(index)?;
+            done &= self.fallocate(file, flags, at, part, "zeroing")?;
+        }
+        Ok(done)
+    }
+
+    fn can_zero_range(&self) -> bool {
+        self.directory.can_zero_range()
+    }
+}
