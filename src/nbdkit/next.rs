@@ -1,0 +1,201 @@
+//! The layer below (the plugin, or the next filter) as a [`Base`].
+
+use std::os::raw::c_int;
+
+use super::extents::ExtentList;
+use super::sys;
+use crate::base::{Allocation, Base, Extent};
+use crate::block::ByteRange;
+use crate::error::{Error, Result};
+use crate::filter::Advice;
+
+/// A client's read is never longer than this, so nothing below us has to cope
+/// with more; a fill of very large blocks is split.
+const MAX_READ: u32 = 64 << 20;
+
+/// What a layer below said of itself for one connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Capabilities {
+    size: u64,
+    can_extents: bool,
+    can_cache: bool,
+    max_read: u32,
+}
+
+impl Capabilities {
+    /// The size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// `struct nbdkit_next_ops`, in a connection.
+#[derive(Clone, Copy)]
+pub struct Next {
+    ops: *mut sys::nbdkit_next,
+}
+
+/// [`Next`] once its capabilities are known, for the requests.
+pub struct NextBase<'a> {
+    next: Next,
+    capabilities: &'a Capabilities,
+}
+
+/// Calls a member of `nbdkit_next_ops`. Every member is set in every instance
+/// that nbdkit makes.
+macro_rules! call {
+    ($next:expr, $member:ident $(, $arg:expr)*) => {{
+        let ops = $next.ops;
+        // SAFETY: `ops` is valid by the contract of `Next::new`; the arguments are
+        // right for the member by the header that both were made from.
+        unsafe {
+            let member = (*ops).$member.expect("nbdkit sets every member");
+            member(ops $(, $arg)*)
+        }
+    }};
+}
+
+impl Next {
+    /// # Safety
+    /// `ops` is what nbdkit passed to the callback that is under way, and neither
+    /// the value nor a copy of it is used after that callback.
+    pub unsafe fn new(ops: *mut sys::nbdkit_next) -> Self {
+        Next { ops }
+    }
+
+    /// Asks what the layer can do. nbdkit wants some of these calls to come
+    /// before the first read; it remembers the answers.
+    pub fn capabilities(self) -> Result<Capabilities> {
+        let size = call!(self, get_size);
+        let size = u64::try_from(size)
+            .map_err(|_| Error::from_below(libc::EIO, "asking for the size of the disk"))?;
+        let can_extents = self.flag(call!(self, can_extents), "can_extents")? != 0;
+        let can_cache = self.flag(call!(self, can_cache), "can_cache")? != sys::NBDKIT_CACHE_NONE;
+        let max_read = match self.advice()? {
+            // A multiple of the minimum, which is a power of two of at most 64K.
+            Some(advice) => advice.maximum.clamp(advice.minimum, MAX_READ),
+            None => MAX_READ,
+        };
+        Ok(Capabilities {
+            size,
+            can_extents,
+            can_cache,
+            max_read,
+        })
+    }
+
+    fn flag(self, answer: c_int, name: &'static str) -> Result<c_int> {
+        match answer {
+            -1 => Err(Error::from_below(libc::EIO, name)),
+            answer => Ok(answer),
+        }
+    }
+
+    /// The layer's block-size constraints; `None` if it has none.
+    pub fn advice(self) -> Result<Option<Advice>> {
+        let (mut minimum, mut preferred, mut maximum) = (0, 0, 0);
+        let answer = call!(
+            self,
+            block_size,
+            &raw mut minimum,
+            &raw mut preferred,
+            &raw mut maximum
+        );
+        self.flag(answer, "block_size")?;
+        Ok((minimum != 0).then_some(Advice {
+            minimum,
+            preferred,
+            maximum,
+        }))
+    }
+
+    pub fn with<'a>(self, capabilities: &'a Capabilities) -> NextBase<'a> {
+        NextBase {
+            next: self,
+            capabilities,
+        }
+    }
+}
+
+/// nbdkit's convention: -1, and the errno in `*err`.
+fn result(answer: c_int, err: c_int, tried: impl FnOnce() -> String) -> Result<()> {
+    match answer {
+        0 => Ok(()),
+        _ => Err(Error::from_below(err, tried())),
+    }
+}
+
+impl Base for NextBase<'_> {
+    fn size(&self) -> u64 {
+        self.capabilities.size
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut at = offset;
+        for piece in buf.chunks_mut(self.capabilities.max_read as usize) {
+            let mut err = 0;
+            let len = piece.len() as u32;
+            let answer = call!(
+                self.next,
+                pread,
+                piece.as_mut_ptr().cast(),
+                len,
+                at,
+                0,
+                &raw mut err
+            );
+            result(answer, err, || {
+                format!("reading {len} bytes at {at} from the layer below")
+            })?;
+            at += u64::from(len);
+        }
+        Ok(())
+    }
+
+    fn cache(&self, range: ByteRange) -> Result<()> {
+        if !self.capabilities.can_cache {
+            return Ok(());
+        }
+        let mut err = 0;
+        let len = range.len() as u32;
+        let answer = call!(self.next, cache, len, range.start, 0, &raw mut err);
+        result(answer, err, || {
+            format!("caching {len} bytes at {} in the layer below", range.start)
+        })
+    }
+
+    fn extents(&self, range: ByteRange, only_first: bool, list: &mut Vec<Extent>) -> Result<()> {
+        if !self.capabilities.can_extents {
+            list.push(Extent {
+                bytes: range,
+                allocation: Allocation::DATA,
+            });
+            return Ok(());
+        }
+        let mut answered = ExtentList::new(range)?;
+        let flags = if only_first {
+            sys::NBDKIT_FLAG_REQ_ONE as u32
+        } else {
+            0
+        };
+        let mut err = 0;
+        let len = range.len() as u32;
+        let answer = call!(
+            self.next,
+            extents,
+            len,
+            range.start,
+            flags,
+            answered.as_ptr(),
+            &raw mut err
+        );
+        result(answer, err, || {
+            format!(
+                "asking the layer below for the extents of {len} bytes at {}",
+                range.start
+            )
+        })?;
+        list.extend(answered.iter());
+        Ok(())
+    }
+}
