@@ -1,0 +1,355 @@
+//! What the tests of the core have in common: a base and a store that can be
+//! held at a gate, made to fail, and asked what was done to them.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use nbdkit_cow_filter::base::{Allocation, Base, Extent};
+use nbdkit_cow_filter::block::{BlockSize, ByteRange};
+use nbdkit_cow_filter::error::{Error, Result};
+use nbdkit_cow_filter::overlay::{Directory, Overlay, Store, TemporaryStore};
+
+/// Longer than any step of a test takes on the slowest machine; only a test that
+/// is about to fail waits that long.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A place where threads can be made to wait. Open at first.
+#[derive(Default)]
+pub struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    closed: bool,
+    waiting: usize,
+}
+
+impl Gate {
+    /// From now on whoever passes has to wait.
+    pub fn close(&self) {
+        self.state.lock().expect("no test thread died").closed = true;
+    }
+
+    pub fn open(&self) {
+        self.state.lock().expect("no test thread died").closed = false;
+        self.changed.notify_all();
+    }
+
+    /// Called by the code under test.
+    fn pass(&self) {
+        let mut state = self.state.lock().expect("no test thread died");
+        state.waiting += 1;
+        self.changed.notify_all();
+        let (mut state, timeout) = self
+            .changed
+            .wait_timeout_while(state, PATIENCE, |state| state.closed)
+            .expect("no test thread died");
+        state.waiting -= 1;
+        assert!(!timeout.timed_out(), "nobody opened the gate");
+    }
+
+    /// Returns once `count` threads wait at the gate: the interleaving that a
+    /// test is about has happened then.
+    pub fn wait_for(&self, count: usize) {
+        let state = self.state.lock().expect("no test thread died");
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(state, PATIENCE, |state| state.waiting < count)
+            .expect("no test thread died");
+        assert_eq!(state.waiting, count, "threads at the gate");
+    }
+}
+
+/// The byte of the base at `offset`: never zero, and different in neighbouring
+/// blocks of any size.
+pub fn base_byte(offset: u64) -> u8 {
+    (offset ^ (offset >> 8) ^ (offset >> 16)).wrapping_mul(31) as u8 | 1
+}
+
+/// A base in memory (or rather in a formula, so that it may be large).
+pub struct TestBase {
+    pub size: u64,
+    /// Passed after the bytes of a read are there, before the read returns.
+    pub gate: Gate,
+    pub failing: AtomicBool,
+    /// Each read and cache call, in order.
+    pub reads: Mutex<Vec<ByteRange>>,
+    pub caches: Mutex<Vec<ByteRange>>,
+    pub extent_calls: AtomicUsize,
+    /// Holes of the base, in ascending order; they read as zeroes.
+    pub holes: Vec<ByteRange>,
+    /// How many extents a call gives at most.
+    pub extents_per_call: usize,
+}
+
+impl TestBase {
+    pub fn new(size: u64) -> Self {
+        TestBase {
+            size,
+            gate: Gate::default(),
+            failing: AtomicBool::new(false),
+            reads: Mutex::new(Vec::new()),
+            caches: Mutex::new(Vec::new()),
+            extent_calls: AtomicUsize::new(0),
+            holes: Vec::new(),
+            extents_per_call: usize::MAX,
+        }
+    }
+
+    pub fn with_holes(size: u64, holes: &[(u64, u64)]) -> Self {
+        let holes = holes
+            .iter()
+            .map(|&(start, end)| ByteRange { start, end })
+            .collect();
+        TestBase {
+            holes,
+            ..TestBase::new(size)
+        }
+    }
+
+    pub fn byte(&self, offset: u64) -> u8 {
+        let in_hole = |hole: &ByteRange| (hole.start..hole.end).contains(&offset);
+        if self.holes.iter().any(in_hole) {
+            0
+        } else {
+            base_byte(offset)
+        }
+    }
+
+    pub fn bytes(&self, range: ByteRange) -> Vec<u8> {
+        (range.start..range.end).map(|at| self.byte(at)).collect()
+    }
+
+    pub fn read_calls(&self) -> Vec<(u64, u64)> {
+        let reads = self.reads.lock().expect("no test thread died");
+        reads.iter().map(|read| (read.start, read.end)).collect()
+    }
+}
+
+impl Base for TestBase {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let range = ByteRange::checked(offset, buf.len() as u64, self.size)
+            .expect("the base is never asked past its end");
+        assert!(!range.is_empty(), "the base is never asked for nothing");
+        self.reads.lock().expect("no test thread died").push(range);
+        if self.failing.load(Ordering::SeqCst) {
+            return Err(Error::from_below(libc::EIO, "reading a bad sector"));
+        }
+        buf.copy_from_slice(&self.bytes(range));
+        self.gate.pass();
+        Ok(())
+    }
+
+    fn cache(&self, range: ByteRange) -> Result<()> {
+        self.caches.lock().expect("no test thread died").push(range);
+        Ok(())
+    }
+
+    fn extents(&self, range: ByteRange, only_first: bool, list: &mut Vec<Extent>) -> Result<()> {
+        self.extent_calls.fetch_add(1, Ordering::SeqCst);
+        let mut at = range.start;
+        let most = if only_first { 1 } else { self.extents_per_call };
+        let before = list.len();
+        while at < range.end && list.len() - before < most {
+            let hole = self.holes.iter().find(|hole| at < hole.end);
+            let (end, allocation) = match hole {
+                Some(hole) if hole.start <= at => (hole.end, Allocation::HOLE),
+                Some(hole) => (hole.start, Allocation::DATA),
+                None => (self.size, Allocation::DATA),
+            };
+            let bytes = ByteRange {
+                start: at,
+                end: end.min(range.end),
+            };
+            list.push(Extent { bytes, allocation });
+            at = bytes.end;
+        }
+        Ok(())
+    }
+}
+
+/// What a store was asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    Read(u64, u64),
+    Write(u64, u64),
+    Punch(u64, u64),
+    ZeroRange(u64, u64),
+}
+
+/// A store in memory. Pages that were never written hold garbage, not zeroes, so
+/// that a read of something that was never stored does not go unnoticed.
+pub struct TestStore {
+    pages: Mutex<BTreeMap<u64, Vec<u8>>>,
+    calls: Mutex<Vec<Call>>,
+    /// Passed before a write does anything.
+    pub write_gate: Gate,
+    /// Passed before a hole is punched.
+    pub punch_gate: Gate,
+    /// The call with this number (from 0, reads not counted) fails with this errno.
+    pub fail: Mutex<Option<(usize, i32)>>,
+    changes: AtomicUsize,
+    can_punch: bool,
+    can_zero_range: bool,
+}
+
+const PAGE: u64 = 512;
+const GARBAGE: u8 = 0xee;
+
+impl Default for TestStore {
+    fn default() -> Self {
+        TestStore {
+            pages: Mutex::default(),
+            calls: Mutex::default(),
+            write_gate: Gate::default(),
+            punch_gate: Gate::default(),
+            fail: Mutex::default(),
+            changes: AtomicUsize::new(0),
+            can_punch: true,
+            can_zero_range: true,
+        }
+    }
+}
+
+impl TestStore {
+    pub fn with(can_punch: bool, can_zero_range: bool) -> Self {
+        TestStore {
+            can_punch,
+            can_zero_range,
+            ..TestStore::default()
+        }
+    }
+
+    pub fn calls(&self) -> Vec<Call> {
+        self.calls.lock().expect("no test thread died").clone()
+    }
+
+    pub fn forget_calls(&self) {
+        self.calls.lock().expect("no test thread died").clear();
+    }
+
+    /// How many calls that change something there were.
+    pub fn changes(&self) -> usize {
+        self.changes.load(Ordering::SeqCst)
+    }
+
+    /// Notes a call that changes something; fails if that is asked for.
+    fn change(&self, call: Call) -> Result<()> {
+        self.calls.lock().expect("no test thread died").push(call);
+        let number = self.changes.fetch_add(1, Ordering::SeqCst);
+        match *self.fail.lock().expect("no test thread died") {
+            Some((at, errno)) if at == number => Err(Error::new(errno, "a fault on purpose")),
+            _ => Ok(()),
+        }
+    }
+
+    fn put(&self, range: ByteRange, byte: impl Fn(u64) -> u8) {
+        let mut pages = self.pages.lock().expect("no test thread died");
+        let mut at = range.start;
+        while at < range.end {
+            let page = pages
+                .entry(at / PAGE)
+                .or_insert_with(|| vec![GARBAGE; PAGE as usize]);
+            let end = range.end.min((at / PAGE + 1) * PAGE);
+            for offset in at..end {
+                page[(offset % PAGE) as usize] = byte(offset);
+            }
+            at = end;
+        }
+    }
+}
+
+impl Store for TestStore {
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let end = offset + buf.len() as u64;
+        let mut calls = self.calls.lock().expect("no test thread died");
+        calls.push(Call::Read(offset, end));
+        let pages = self.pages.lock().expect("no test thread died");
+        for (at, byte) in (offset..).zip(buf) {
+            *byte = pages
+                .get(&(at / PAGE))
+                .map_or(GARBAGE, |page| page[(at % PAGE) as usize]);
+        }
+        Ok(())
+    }
+
+    fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.write_gate.pass();
+        let end = offset + buf.len() as u64;
+        let failed = self.change(Call::Write(offset, end));
+        // A failed write has written something: the worst half of it.
+        let written = if failed.is_ok() {
+            buf.len()
+        } else {
+            buf.len() / 2
+        };
+        let range = ByteRange {
+            start: offset,
+            end: offset + written as u64,
+        };
+        self.put(range, |at| buf[(at - offset) as usize]);
+        failed
+    }
+
+    fn punch(&self, range: ByteRange) -> Result<bool> {
+        if !self.can_punch {
+            return Ok(false);
+        }
+        self.punch_gate.pass();
+        self.change(Call::Punch(range.start, range.end))?;
+        self.put(range, |_| 0);
+        Ok(true)
+    }
+
+    fn zero_range(&self, range: ByteRange) -> Result<bool> {
+        if !self.can_zero_range {
+            return Ok(false);
+        }
+        self.change(Call::ZeroRange(range.start, range.end))?;
+        self.put(range, |_| 0);
+        Ok(true)
+    }
+
+    fn can_zero_range(&self) -> bool {
+        self.can_zero_range
+    }
+}
+
+pub fn block_size(bytes: u64) -> BlockSize {
+    BlockSize::new(bytes).expect("a block size")
+}
+
+/// A disk for tests that look at the store or hold it: 64K blocks.
+pub fn test_disk(size: u64) -> (TestBase, Overlay<TestStore>) {
+    (
+        TestBase::new(size),
+        Overlay::new(size, block_size(BLOCK), TestStore::default()),
+    )
+}
+
+/// The block size of [`test_disk`].
+pub const BLOCK: u64 = 65536;
+
+/// An overlay in real files.
+pub fn file_overlay(size: u64, block: u64) -> Overlay<TemporaryStore> {
+    let directory = Directory::from_environment().expect("a directory for overlays");
+    let store = TemporaryStore::new(Arc::new(directory), size);
+    Overlay::new(size, block_size(block), store)
+}
+
+/// All bytes of a disk.
+pub fn read_all<S: Store>(base: &TestBase, overlay: &Overlay<S>) -> Vec<u8> {
+    let mut bytes = vec![0; overlay.size() as usize];
+    overlay
+        .read(base, &mut bytes, 0, false)
+        .expect("the disk is readable");
+    bytes
+}

@@ -1,0 +1,8 @@
+//! The core, driven without nbdkit, over a base in memory: against a model, with
+//! races forced, and with faults injected.
+
+mod disk;
+mod extents;
+mod faults;
+mod model;
+mod races;

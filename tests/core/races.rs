@@ -1,0 +1,415 @@
+//! Two requests to one block at once, in an order that is forced.
+//!
+//! One request is held at a gate between its read of the base and its write to
+//! the overlay, where a careless fill loses what others write; the gate tells
+//! that the request really is there. The other request then runs to its end
+//! (which also shows that nothing is held across a call to the base), and the
+//! first goes on. Each has a base of its own over the same bytes, so that only
+//! the first is held.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nbdkit_cow_filter::block::ByteRange;
+use nbdkit_cow_filter::overlay::{Overlay, State, Zeroing};
+
+use crate::disk::{BLOCK, Call, TestBase, TestStore, file_overlay, read_all, test_disk};
+
+type Disk = Overlay<TestStore>;
+
+const SIZE: u64 = 3 * BLOCK;
+/// The block that both requests go to.
+const START: u64 = BLOCK;
+
+const KEEP: Zeroing = Zeroing {
+    may_trim: false,
+    fast: false,
+};
+
+/// Holds `first` after it has read the base, runs `second` meanwhile, and returns
+/// the bytes of the block at the end. The other blocks must be as they were.
+fn interleave(
+    first: impl Fn(&TestBase, &Disk) + Sync,
+    second: impl Fn(&TestBase, &Disk),
+) -> (Vec<u8>, Disk) {
+    let (held, disk) = test_disk(SIZE);
+    let free = TestBase::new(SIZE);
+    held.gate.close();
+    thread::scope(|scope| {
+        let first = scope.spawn(|| first(&held, &disk));
+        held.gate.wait_for(1);
+        second(&free, &disk);
+        assert!(!first.is_finished(), "the first request was not held");
+        held.gate.open();
+        first.join().expect("the first request ended well");
+    });
+    let bytes = read_all(&free, &disk);
+    let whole = free.bytes(ByteRange {
+        start: 0,
+        end: SIZE,
+    });
+    let (start, end) = (START as usize, (START + BLOCK) as usize);
+    assert_eq!(bytes[..start], whole[..start]);
+    assert_eq!(bytes[end..], whole[end..]);
+    (bytes[start..end].to_vec(), disk)
+}
+
+fn base_block() -> Vec<u8> {
+    TestBase::new(SIZE).bytes(ByteRange {
+        start: START,
+        end: START + BLOCK,
+    })
+}
+
+/// The block's bytes with those at `at` replaced.
+fn with(mut block: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
+    block[at..at + bytes.len()].copy_from_slice(bytes);
+    block
+}
+
+type Fill = fn(&TestBase, &Disk);
+
+/// The requests that fill a block with what the base has.
+fn fills() -> [(&'static str, Fill); 3] {
+    fn check_read(disk: &Disk, base: &TestBase, offset: u64, len: usize) {
+        let mut buf = vec![0; len];
+        disk.read(base, &mut buf, offset, true)
+            .expect("a good read");
+        let range = ByteRange {
+            start: offset,
+            end: offset + len as u64,
+        };
+        // In flight together with a change: old bytes are right, and at the gate
+        // the old bytes are what it has.
+        assert_eq!(buf, base.bytes(range));
+    }
+    [
+        ("cow-on-read of a part", |base, disk| {
+            check_read(disk, base, START + 5000, 4096);
+        }),
+        ("cow-on-read of the block", |base, disk| {
+            check_read(disk, base, START, BLOCK as usize);
+        }),
+        ("cow-on-cache", |base, disk| {
+            disk.cache(base, START + 1, 2, true).expect("a good cache");
+        }),
+    ]
+}
+
+#[test]
+fn a_partial_write_survives_a_fill() {
+    for (name, fill) in fills() {
+        let (block, _) = interleave(fill, |base, disk| {
+            disk.write(base, b"written", START + 100)
+                .expect("a good write");
+        });
+        assert!(block == with(base_block(), 100, b"written"), "{name}");
+    }
+}
+
+#[test]
+fn a_whole_write_survives_a_fill() {
+    let new = vec![0x55; BLOCK as usize];
+    for (name, fill) in fills() {
+        let (block, disk) = interleave(fill, |base, disk| {
+            disk.write(base, &new, START).expect("a good write");
+        });
+        assert!(block == new, "{name}");
+        assert_eq!(
+            disk.store().changes(),
+            1,
+            "{name}: what was filled is dropped, not written"
+        );
+    }
+}
+
+#[test]
+fn a_write_of_zeroes_survives_a_fill() {
+    for (name, fill) in fills() {
+        let (block, disk) = interleave(fill, |base, disk| {
+            disk.write(base, &vec![0; BLOCK as usize], START)
+                .expect("a good write");
+        });
+        assert!(block.iter().all(|byte| *byte == 0), "{name}");
+        assert_eq!(disk.state_at(START).expect("in range"), State::Zero);
+    }
+}
+
+#[test]
+fn a_trim_and_a_zero_survive_a_fill() {
+    for (name, fill) in fills() {
+        for how in [Zeroing::TRIM, KEEP] {
+            let (block, _) = interleave(fill, |base, disk| {
+                disk.zero(base, START, BLOCK, how).expect("a good zero");
+            });
+            assert!(block.iter().all(|byte| *byte == 0), "{name}, {how:?}");
+
+            let (block, _) = interleave(fill, |base, disk| {
+                disk.zero(base, START + 10, 20, how).expect("a good zero");
+            });
+            assert!(
+                block == with(base_block(), 10, &[0; 20]),
+                "{name}, part, {how:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn two_fills_of_one_block_store_it_once() {
+    for (name, fill) in fills() {
+        for (other_name, other) in fills() {
+            let (block, disk) = interleave(fill, other);
+            assert!(block == base_block(), "{name}, {other_name}");
+            assert_eq!(
+                disk.store().calls()[..1],
+                [Call::Write(START, START + BLOCK)]
+            );
+            assert_eq!(disk.store().changes(), 1, "{name}, {other_name}");
+        }
+    }
+}
+
+#[test]
+fn two_partial_writes_to_one_block_both_survive() {
+    let (block, _) = interleave(
+        |base, disk| {
+            disk.write(base, b"first", START + 10)
+                .expect("a good write")
+        },
+        |base, disk| {
+            disk.write(base, b"second", START + 4000)
+                .expect("a good write")
+        },
+    );
+    assert!(block == with(with(base_block(), 10, b"first"), 4000, b"second"));
+}
+
+#[test]
+fn a_whole_write_and_a_partial_write_are_in_some_order() {
+    let (block, _) = interleave(
+        |base, disk| {
+            disk.write(base, b"first", START + 10)
+                .expect("a good write")
+        },
+        |base, disk| {
+            disk.write(base, &vec![9; BLOCK as usize], START)
+                .expect("a good write");
+        },
+    );
+    assert!(block == with(vec![9; BLOCK as usize], 10, b"first"));
+}
+
+#[test]
+fn a_partial_write_does_not_bring_back_what_a_trim_or_zero_removed() {
+    for how in [Zeroing::TRIM, KEEP] {
+        let (block, _) = interleave(
+            |base, disk| {
+                disk.write(base, b"first", START + 10)
+                    .expect("a good write")
+            },
+            |base, disk| disk.zero(base, START, BLOCK, how).expect("a good zero"),
+        );
+        assert!(
+            block == with(vec![0; BLOCK as usize], 10, b"first"),
+            "{how:?}"
+        );
+    }
+}
+
+#[test]
+fn a_partial_trim_and_a_partial_write_both_survive() {
+    for how in [Zeroing::TRIM, KEEP] {
+        let (block, _) = interleave(
+            |base, disk| disk.zero(base, START + 10, 90, how).expect("a good zero"),
+            |base, disk| {
+                disk.write(base, b"second", START + 4000)
+                    .expect("a good write")
+            },
+        );
+        let expected = with(with(base_block(), 10, &[0; 90]), 4000, b"second");
+        assert!(block == expected, "trim first, {how:?}");
+
+        let (block, _) = interleave(
+            |base, disk| {
+                disk.write(base, b"second", START + 4000)
+                    .expect("a good write")
+            },
+            |base, disk| disk.zero(base, START + 10, 90, how).expect("a good zero"),
+        );
+        assert!(block == expected, "write first, {how:?}");
+    }
+}
+
+/// How long a thread that must not go on is given to do so all the same. A lock
+/// that works makes no test fail by this, however slow the machine.
+const TEMPTATION: Duration = Duration::from_millis(100);
+
+#[test]
+fn a_write_waits_for_the_hole_of_a_trim() {
+    // If it did not, its bytes would be published and then punched out.
+    for (offset, new) in [(START, vec![7; BLOCK as usize]), (START + 10, vec![7; 100])] {
+        let (base, disk) = test_disk(SIZE);
+        disk.write(&base, &vec![1; BLOCK as usize], START)
+            .expect("a good write");
+        disk.store().punch_gate.close();
+        thread::scope(|scope| {
+            let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::TRIM));
+            disk.store().punch_gate.wait_for(1);
+            let write = scope.spawn(|| disk.write(&base, &new, offset));
+            thread::sleep(TEMPTATION);
+            assert!(!write.is_finished(), "a write went on during the trim");
+            disk.store().punch_gate.open();
+            trim.join().expect("no panic").expect("a good trim");
+            write.join().expect("no panic").expect("a good write");
+        });
+        let at = (offset - START) as usize;
+        let expected = with(vec![0; BLOCK as usize], at, &new);
+        let block = &read_all(&base, &disk)[START as usize..(START + BLOCK) as usize];
+        assert!(block == expected);
+    }
+}
+
+#[test]
+fn a_trim_waits_for_a_write_that_is_under_way() {
+    for (offset, new) in [(START, vec![7; BLOCK as usize]), (START + 10, vec![7; 100])] {
+        let (base, disk) = test_disk(SIZE);
+        disk.write(&base, &vec![1; BLOCK as usize], START)
+            .expect("a good write");
+        disk.store().write_gate.close();
+        thread::scope(|scope| {
+            let write = scope.spawn(|| disk.write(&base, &new, offset));
+            disk.store().write_gate.wait_for(1);
+            let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::TRIM));
+            thread::sleep(TEMPTATION);
+            assert!(!trim.is_finished(), "a trim went on during the write");
+            disk.store().write_gate.open();
+            trim.join().expect("no panic").expect("a good trim");
+            write.join().expect("no panic").expect("a good write");
+        });
+        assert_eq!(disk.state_at(START).expect("in range"), State::Zero);
+    }
+}
+
+#[test]
+fn reads_and_whole_writes_wait_for_nobody_but_a_trim() {
+    let (base, disk) = test_disk(SIZE);
+    let whole = vec![3; BLOCK as usize];
+    disk.store().write_gate.close();
+    thread::scope(|scope| {
+        let writes = [(); 3].map(|()| scope.spawn(|| disk.write(&base, &whole, START)));
+        // All three are in the store at once, in the same block.
+        disk.store().write_gate.wait_for(3);
+        let mut buf = [0; 100];
+        disk.read(&base, &mut buf, START, false)
+            .expect("a good read");
+        assert_eq!(buf[..], base_block()[..100], "not published yet");
+        disk.store().write_gate.open();
+        for write in writes {
+            write.join().expect("no panic").expect("a good write");
+        }
+    });
+}
+
+#[test]
+fn a_read_goes_on_while_a_trim_has_the_block_alone() {
+    let (base, disk) = test_disk(SIZE);
+    disk.write(&base, &vec![1; BLOCK as usize], START)
+        .expect("a good write");
+    disk.store().punch_gate.close();
+    thread::scope(|scope| {
+        let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::TRIM));
+        disk.store().punch_gate.wait_for(1);
+        let mut buf = [9; 100];
+        disk.read(&base, &mut buf, START, false)
+            .expect("a good read");
+        assert_eq!(buf, [0; 100], "published already");
+        disk.store().punch_gate.open();
+        trim.join().expect("no panic").expect("a good trim");
+    });
+}
+
+/// Threads that own every n-th 64 bytes of the disk write to them, while others
+/// read and prefetch everything with copying on; each write is looked at again,
+/// by its owner, later.
+#[test]
+fn threads_that_write_to_all_blocks_at_once_lose_nothing() {
+    const SLOT: u64 = 64;
+    const WRITERS: u64 = 4;
+    const ROUNDS: u64 = 300;
+    let size = 64 * 1024 + 100;
+    for block in [512, 4096, 65536] {
+        let overlay = file_overlay(size, block);
+        let stop = AtomicBool::new(false);
+        let fills = AtomicU64::new(0);
+        thread::scope(|scope| {
+            for reader in 0..2 {
+                let (overlay, stop, fills) = (&overlay, &stop, &fills);
+                scope.spawn(move || {
+                    let base = TestBase::new(size);
+                    let mut buf = vec![0; 3000];
+                    let mut at = 0;
+                    while !stop.load(Ordering::SeqCst) {
+                        at = (at + 7919) % (size - buf.len() as u64);
+                        if reader == 0 {
+                            overlay.read(&base, &mut buf, at, true)
+                        } else {
+                            overlay.cache(&base, at, 3000, true)
+                        }
+                        .expect("a good fill");
+                        // Keep base blocks coming, or there is nothing to fill.
+                        fills.fetch_add(base.read_calls().len() as u64, Ordering::SeqCst);
+                        base.reads.lock().expect("no test thread died").clear();
+                    }
+                });
+            }
+            let writers: Vec<_> = (0..WRITERS)
+                .map(|writer| {
+                    let overlay = &overlay;
+                    scope.spawn(move || {
+                        let base = TestBase::new(size);
+                        let slots = size / SLOT / WRITERS;
+                        let mut seed = writer + 1;
+                        let mut expected = vec![None; slots as usize];
+                        for round in 0..ROUNDS {
+                            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1);
+                            let slot = (seed >> 33) % slots;
+                            let at = (slot * WRITERS + writer) * SLOT;
+                            if round % 5 == 4 {
+                                overlay
+                                    .zero(&base, at, SLOT, Zeroing::TRIM)
+                                    .expect("a good trim");
+                                expected[slot as usize] = Some([0; SLOT as usize]);
+                            } else {
+                                let bytes = [round as u8; SLOT as usize];
+                                overlay.write(&base, &bytes, at).expect("a good write");
+                                expected[slot as usize] = Some(bytes);
+                            }
+                        }
+                        for (slot, expected) in (0..).zip(expected) {
+                            let at = (slot * WRITERS + writer) * SLOT;
+                            let mut found = [0; SLOT as usize];
+                            overlay
+                                .read(&base, &mut found, at, false)
+                                .expect("a good read");
+                            let range = ByteRange {
+                                start: at,
+                                end: at + SLOT,
+                            };
+                            match expected {
+                                Some(bytes) => assert_eq!(found, bytes, "lost, at {at}"),
+                                None => assert_eq!(found[..], base.bytes(range), "at {at}"),
+                            }
+                        }
+                    })
+                })
+                .collect();
+            for writer in writers {
+                writer.join().expect("no write was lost");
+            }
+            stop.store(true, Ordering::SeqCst);
+        });
+        assert!(fills.load(Ordering::SeqCst) > 0, "fills were under way");
+    }
+}
