@@ -12,12 +12,14 @@
 //! - [`overlay`]: the core: block map, store, and all the locking
 //! - [`base`]: what lies beneath the overlay
 //! - [`block`]: units, and the splitting of requests into blocks
+//! - [`buffer`]: bytes in memory
 //! - [`error`]: an errno and a sentence
 //!
 //! The core knows nothing of nbdkit; `tests/core` drives it over a base in memory.
 
 pub mod base;
 pub mod block;
+pub mod buffer;
 pub mod config;
 pub mod error;
 pub mod filter;

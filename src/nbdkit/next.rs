@@ -6,6 +6,7 @@ use super::extents::ExtentList;
 use super::sys;
 use crate::base::{Allocation, Base, Extent};
 use crate::block::ByteRange;
+use crate::buffer::buffer;
 use crate::error::{Error, Result};
 use crate::filter::Advice;
 
@@ -19,6 +20,8 @@ pub struct Capabilities {
     size: u64,
     can_extents: bool,
     can_cache: bool,
+    /// What the offset and the length of a read must be a multiple of: a power of two.
+    unit: u64,
     max_read: u32,
 }
 
@@ -71,15 +74,17 @@ impl Next {
             .map_err(|_| Error::from_below(libc::EIO, "asking for the size of the disk"))?;
         let can_extents = self.flag(call!(self, can_extents), "can_extents")? != 0;
         let can_cache = self.flag(call!(self, can_cache), "can_cache")? != sys::NBDKIT_CACHE_NONE;
-        let max_read = match self.advice()? {
-            // A multiple of the minimum, which is a power of two of at most 64K.
-            Some(advice) => advice.maximum.clamp(advice.minimum, MAX_READ),
-            None => MAX_READ,
+        let (unit, max_read) = match self.advice()? {
+            // nbdkit has checked them: the minimum is a power of two of at most
+            // 64K, and the maximum a multiple of it, or 2^32 - 1.
+            Some(advice) => (advice.minimum, advice.maximum.min(MAX_READ)),
+            None => (1, MAX_READ),
         };
         Ok(Capabilities {
             size,
             can_extents,
             can_cache,
+            unit: unit.into(),
             max_read,
         })
     }
@@ -125,12 +130,8 @@ fn result(answer: c_int, err: c_int, tried: impl FnOnce() -> String) -> Result<(
     }
 }
 
-impl Base for NextBase<'_> {
-    fn size(&self) -> u64 {
-        self.capabilities.size
-    }
-
-    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+impl NextBase<'_> {
+    fn read_aligned(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let mut at = offset;
         for piece in buf.chunks_mut(self.capabilities.max_read as usize) {
             let mut err = 0;
@@ -149,6 +150,29 @@ impl Base for NextBase<'_> {
             })?;
             at += u64::from(len);
         }
+        Ok(())
+    }
+}
+
+impl Base for NextBase<'_> {
+    fn size(&self) -> u64 {
+        self.capabilities.size
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let (unit, end) = (self.capabilities.unit, offset + buf.len() as u64);
+        let is_aligned = |at: u64| at % unit == 0 || at == self.size();
+        if is_aligned(offset) && is_aligned(end) {
+            return self.read_aligned(buf, offset);
+        }
+        // A client that does not heed the layer's minimum, or the rest of a block
+        // around what such a client writes.
+        let start = offset / unit * unit;
+        let end = end.next_multiple_of(unit).min(self.size());
+        let mut around = buffer(end - start)?;
+        self.read_aligned(&mut around, start)?;
+        let at = (offset - start) as usize;
+        buf.copy_from_slice(&around[at..at + buf.len()]);
         Ok(())
     }
 

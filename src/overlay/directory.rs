@@ -12,8 +12,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{self, Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
@@ -21,8 +22,8 @@ use crate::error::{Error, Result};
 /// ext4 ends at 16 TiB with 4K blocks; half of it leaves room, and is few files
 /// even for the largest disk.
 const MAX_SEGMENT: u64 = 8 << 40;
-/// Where not even this fits (`ulimit -f`), the error of the system is the answer.
-const MIN_SEGMENT: u64 = 1 << 20;
+/// The size of the file that is tried out. Where not even that fits, nothing does.
+const MIN_SEGMENT: u64 = 4 << 20;
 
 /// The sizes between which the default block size lies. Below 4K the map grows
 /// and nothing gets faster; above 64K each small write costs too much.
@@ -67,6 +68,7 @@ impl Directory {
     }
 
     fn try_out(path: PathBuf) -> io::Result<Self> {
+        let largest = largest_file()?;
         let file = unnamed_file(&path)?;
         file.write_all_at(&[1], 0)?;
         expect_sparse(&file)?;
@@ -74,7 +76,7 @@ impl Directory {
             file_system_block: file_system_block(&file),
             can_punch: can_punch(&file),
             can_zero_range: zero_range(&file, 0, 4096),
-            segment_size: segment_size(&file)?,
+            segment_size: segment_size(&file, largest)?,
             path,
         };
         log::debug!("overlay directory: {directory:?}");
@@ -138,9 +140,9 @@ fn unnamed_file(directory: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Fails if a file of 4 MiB of which one byte was written takes more than half of that.
+/// Fails if a file of which two bytes were written takes more than half of its size.
 fn expect_sparse(file: &File) -> io::Result<()> {
-    let size = 4 << 20;
+    let size = MIN_SEGMENT;
     file.set_len(size)?;
     // Some file systems fill a hole only when something is written behind it.
     file.write_all_at(&[1], size - 1)?;
@@ -181,15 +183,18 @@ fn zero_range(file: &File, offset: i64, len: i64) -> bool {
     fallocate(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len).is_ok()
 }
 
-/// The largest power of two to which a file can be extended here.
-fn segment_size(file: &File) -> io::Result<u64> {
-    // Beyond the limit of `ulimit -f` the system would not answer with an error
-    // but end the process by SIGXFSZ.
-    let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
-    let mut size = MAX_SEGMENT;
-    while limit != RLIM_INFINITY && size > limit && size > MIN_SEGMENT {
-        size /= 2;
+/// How large a file this process may make. Beyond the limit of `ulimit -f` the
+/// system would not answer with an error but end the process by SIGXFSZ.
+fn largest_file() -> io::Result<u64> {
+    match getrlimit(Resource::RLIMIT_FSIZE)? {
+        (limit, _) if limit < MIN_SEGMENT => Err(Errno::EFBIG.into()),
+        (limit, _) => Ok(limit.min(MAX_SEGMENT)),
     }
+}
+
+/// The largest power of two, at most `largest`, to which a file can be extended here.
+fn segment_size(file: &File, largest: u64) -> io::Result<u64> {
+    let mut size = 1 << largest.ilog2();
     loop {
         match file.set_len(size) {
             Ok(()) => return Ok(size),

@@ -81,7 +81,8 @@ pub use zero::Zeroing;
 
 use crate::base::Base;
 use crate::block::{BlockNum, BlockSize, ByteRange, Piece};
-use crate::error::{Error, Result};
+use crate::buffer::{buffer, is_zero};
+use crate::error::Result;
 use map::BlockMap;
 use stripes::Stripes;
 
@@ -359,24 +360,4 @@ impl<S: Store> Overlay<S> {
     fn bytes_of(&self, blocks: &Range<BlockNum>) -> ByteRange {
         self.block_size.bytes_of(blocks, self.size)
     }
-}
-
-/// A buffer of zero bytes; ENOMEM, not an abort, where there is no memory for it.
-fn buffer(len: u64) -> Result<Vec<u8>> {
-    let mut buffer = Vec::new();
-    buffer
-        .try_reserve_exact(len as usize)
-        .map_err(|_| Error::no_memory(format!("no memory for {len} bytes of a block")))?;
-    buffer.resize(len as usize, 0);
-    Ok(buffer)
-}
-
-/// Whether all of `bytes` are zero. Stops at the first word that is not.
-fn is_zero(bytes: &[u8]) -> bool {
-    let words = bytes.chunks_exact(16);
-    let rest = words.remainder();
-    words
-        .map(|word| u128::from_ne_bytes(word.try_into().expect("16 bytes")))
-        .all(|word| word == 0)
-        && rest.iter().all(|byte| *byte == 0)
 }
