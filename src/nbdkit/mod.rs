@@ -1,6 +1,6 @@
 //! The boundary to nbdkit: all that is `unsafe` about being loaded by it.
 //!
-//! Every callback that nbdkit can call is made by one macro in [`vtable`], which
+//! Every callback that nbdkit can call is made by one macro in `vtable`, which
 //! runs its body inside [`guard`]: a panic ends the request, not nbdkit, and no
 //! panic unwinds into C. What nbdkit passes as raw pointers becomes a slice, a
 //! `&CStr` or a [`next::Next`] on the first line of a callback; the code behind

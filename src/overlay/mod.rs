@@ -1,8 +1,8 @@
 //! The overlay: a disk that can be written to, over a base that never changes.
 //!
 //! A block's bytes are in the base, in the [`Store`], or nowhere (zeroes); the
-//! [`BlockMap`] says which. Requests run in parallel. This module holds all the
-//! locking there is, and the argument for it.
+//! block map (`map`) says which. Requests run in parallel. All locking is done
+//! here and in `zero`, and this is the argument for it.
 //!
 //! # Who changes what
 //!
