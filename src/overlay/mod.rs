@@ -261,12 +261,9 @@ impl<S: Store> Overlay<S> {
     fn modify_in_place(&self, bytes: ByteRange, new: New<'_>) -> Result<()> {
         match new {
             New::Bytes(client) => self.store.write(client, bytes.start),
-            New::Zeroes { may_trim } => {
-                if may_trim && self.store.punch(bytes)? {
-                    return Ok(());
-                }
-                self.write_zeroes(bytes)
-            }
+            // Not a hole, though the client may allow it: a block that is *data* keeps
+            // all of its space, so that a later write can't run out of it half way.
+            New::Zeroes { .. } => self.write_zeroes(bytes),
         }
     }
 
