@@ -1,0 +1,40 @@
+# What each target does is in packaging/*.sh; "make help" lists them.
+#
+# Settings go to the scripts through the environment, so that a path may
+# contain any character.
+export DISK DESTDIR FILTERDIR MANDIR LIBRARY
+
+.PHONY: build run check deps doc man install uninstall lint clean help
+
+build:
+	@packaging/build.sh
+
+run:
+	@packaging/deps.sh run
+	@packaging/build.sh library
+	@packaging/run-demo.sh
+
+check:
+	@packaging/deps.sh check
+	@packaging/check.sh
+
+deps:
+	@packaging/deps.sh
+
+doc man:
+	@packaging/build.sh manual
+
+install:
+	@packaging/install.sh install
+
+uninstall:
+	@packaging/install.sh uninstall
+
+lint:
+	@packaging/lint.sh
+
+clean:
+	@packaging/build.sh clean
+
+help:
+	@packaging/help.sh

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Builds the filter and its manual page: build.sh [library|manual].
+# build.sh clean removes what it built.
+. "$(dirname -- "$0")/common.sh"
+
+build_library() {
+    need_cargo
+    cargo build --release --manifest-path "$root/Cargo.toml"
+}
+
+build_manual() {
+    local page version
+    have pod2man || die 'pod2man is missing: it comes with perl (package perl or perl-podlators).'
+    page=$(manual)
+    version=$(sed -n '/^version/ { s/.*"\(.*\)".*/\1/p; q }' "$root/Cargo.toml")
+    mkdir -p -- "$(dirname -- "$page")"
+    # Written beside and moved: a page that failed half-way is never installed.
+    pod2man --errors=die --utf8 --section=1 --name=nbdkit-cow-filter \
+        --center='nbdkit copy-on-write filter' \
+        --release="nbdkit-cow-filter${version:+ $version}" \
+        "$manual_source" "$page.new"
+    mv -- "$page.new" "$page"
+}
+
+case ${1:-all} in
+library) build_library ;;
+manual) build_manual ;;
+all)
+    build_library
+    build_manual
+    ;;
+clean)
+    need_cargo
+    cargo clean --manifest-path "$root/Cargo.toml"
+    ;;
+*) die "build.sh: unknown part '$1': library, manual or clean" ;;
+esac

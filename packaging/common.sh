@@ -1,0 +1,53 @@
+# shellcheck shell=bash
+# Read by the other scripts here: where things are, and how to say what is wrong.
+
+set -euo pipefail
+
+# mke2fs, losetup and the like lie in sbin, which is not on every user's PATH.
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck disable=SC2034 # for the scripts that read this one
+manual_source=$root/docs/nbdkit-cow-filter.pod
+
+say() { printf '%s\n' "$*"; }
+die() {
+    printf '%s\n' "$*" >&2
+    exit 1
+}
+have() { command -v -- "$1" >/dev/null 2>&1; }
+
+# rustup's own directory counts, also in a shell that was started before it was
+# added to PATH.
+have cargo || PATH=$PATH:${CARGO_HOME:-${HOME:-}/.cargo}/bin
+
+need_cargo() {
+    have cargo || die 'The Rust toolchain is missing: install cargo, then run make again.'
+}
+
+# Where cargo builds. Asked of cargo, because a configuration file can move it;
+# not required to work, because "sudo make install" often has no cargo.
+target_dir() {
+    local dir=
+    if [ -z "${CARGO_TARGET_DIR:-}" ] && have cargo; then
+        dir=$(cargo metadata --offline --no-deps --format-version 1 \
+            --manifest-path "$root/Cargo.toml" 2>/dev/null |
+            sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p') || dir=
+    fi
+    [ -n "$dir" ] || dir=${CARGO_TARGET_DIR:-target}
+    case $dir in
+    /*) printf '%s\n' "$dir" ;;
+    *) printf '%s\n' "$root/$dir" ;;
+    esac
+}
+
+# The library to serve or install; LIBRARY= overrides it.
+library() {
+    if [ -n "${LIBRARY:-}" ]; then
+        realpath -m -- "$LIBRARY"
+    else
+        printf '%s\n' "$(target_dir)/release/libnbdkit_cow_filter.so"
+    fi
+}
+
+manual() { printf '%s\n' "$(target_dir)/man/nbdkit-cow-filter.1"; }

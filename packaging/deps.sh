@@ -1,0 +1,151 @@
+#!/usr/bin/env bash
+# Installs what is missing: deps.sh [build|run|check]
+#
+# build: to build the filter; run: also for the demo; check: also for the tests.
+# Without an argument as check, but does not insist on a Rust toolchain (for
+# "sudo make deps", where the toolchain is another user's).
+#
+# When nothing is missing it asks dpkg once and ends: no network, no root.
+. "$(dirname -- "$0")/common.sh"
+
+part=${1:-check}
+asked_for=
+if [ $# -gt 0 ]; then
+    need_cargo
+else
+    asked_for=yes
+    have cargo || say 'The Rust toolchain is missing: install cargo before you build.'
+fi
+
+# Debian's package; the part that needs it; how to see on another system that it
+# is there: a command, or "function argument". "-" where another line covers it.
+table() {
+    cat <<'TABLE'
+make               build  make
+gcc                build  cc
+libc6-dev          build  -
+ca-certificates    build  -
+pkg-config         build  pkg-config
+libclang-dev       build  have_libclang
+nbdkit             build  nbdkit
+nbdkit-plugin-dev  build  have_header nbdkit
+perl               build  pod2man
+perl               build  podchecker
+e2fsprogs          run    mke2fs
+e2fsprogs          run    debugfs
+qemu-utils         run    qemu-img
+qemu-utils         run    qemu-io
+libnbd-bin         run    nbdinfo
+libnbd-bin         run    nbdcopy
+libnbd-bin         check  nbdfuse
+python3            check  python3
+python3-libnbd     check  have_module nbd
+fio                check  fio
+fuse3              check  fusermount3
+xfsprogs           check  mkfs.xfs
+btrfs-progs        check  mkfs.btrfs
+util-linux         check  losetup
+mount              check  mount
+strace             check  strace
+procps             check  pgrep
+xz-utils           check  xz
+shellcheck         check  shellcheck
+TABLE
+}
+
+# Columns of the lines that this part needs.
+wanted() {
+    case $part in
+    build) table | grep -E ' build ' ;;
+    run) table | grep -E ' (build|run) ' ;;
+    check) table ;;
+    esac
+}
+
+have_libclang() {
+    [ -n "${LIBCLANG_PATH:-}" ] || [[ $(ldconfig -p 2>/dev/null) =~ libclang[-.] ]]
+}
+have_header() { have pkg-config && pkg-config --exists "$1"; }
+have_module() {
+    local python
+    for python in python3 /usr/bin/python3; do
+        "$python" -c "import $1" 2>/dev/null && return 0
+    done
+    return 1
+}
+
+list_only() {
+    local package test argument what found list='' status=0
+    while read -r package _ test argument; do
+        case $test in
+        -) continue ;;
+        have_libclang) what='libclang, the library' ;;
+        have_header) what="the file $argument.pc, for pkg-config, and the headers" ;;
+        have_module) what="the Python module $argument" ;;
+        *) what=$test ;;
+        esac
+        case $test in
+        have_*) ;;
+        *) argument=$test test=have ;;
+        esac
+        if "$test" "$argument"; then
+            found=found
+        else
+            found=MISSING
+            status=1
+        fi
+        printf -v list '%s  %-8s %-18s %s\n' "$list" "$found" "$package" "$what"
+    done < <(wanted)
+    if [ "$status" -ne 0 ] || [ "$asked_for" ]; then
+        say 'There is no apt-get here. What is needed (by the names that Debian uses):'
+        printf '%s' "$list"
+    fi
+    return "$status"
+}
+
+# apt-get, as root, without questions; up to three times, for a mirror that is
+# out of reach for a moment.
+apt_get() {
+    local attempt
+    for attempt in 1 2 3; do
+        if [ "$attempt" -gt 1 ]; then
+            say "apt-get $1 failed; once more in a few seconds."
+            sleep 5
+        fi
+        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get \
+            -y -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 \
+            -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold \
+            "$@" </dev/null && return 0
+    done
+    return 1
+}
+
+case $part in
+build | run | check) ;;
+*) die "deps.sh: unknown part '$part': build, run or check" ;;
+esac
+if ! have apt-get || ! have dpkg-query; then
+    list_only
+    exit
+fi
+
+mapfile -t packages < <(wanted | awk '{ print $1 }' | sort -u)
+installed=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${packages[@]}" 2>/dev/null |
+    sed -n 's/^installed //p') || true
+missing=()
+for package in "${packages[@]}"; do
+    grep -qxF -- "$package" <<<"$installed" || missing+=("$package")
+done
+[ "${#missing[@]}" -gt 0 ] || exit 0
+
+as_root=()
+if [ "$(id -u)" -ne 0 ]; then
+    have sudo || die "Missing: ${missing[*]}
+Run this as root, then try again: apt-get install --no-install-recommends ${missing[*]}"
+    as_root=(sudo)
+fi
+
+say "Installing: ${missing[*]}"
+apt_get update -o APT::Update::Error-Mode=any || say 'The package lists could not be brought up to date; trying with those that are there.'
+apt_get install --no-install-recommends "${missing[@]}" ||
+    die "Could not install: ${missing[*]}"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+cat <<'TEXT'
+make                the same as make build
+make build          the filter (release) and its manual page; needs no network
+                    beyond what cargo has to fetch
+make run            installs what is missing, builds, and serves a small demo
+                    disk until Ctrl-C; DISK=path serves that file instead
+make check          installs what is missing and runs every test
+make deps           installs what is missing (Debian, Ubuntu), or lists it
+make doc            the manual page only (make man does the same)
+make install        the filter and the manual page, as built before;
+                    DESTDIR= FILTERDIR= MANDIR= say where,
+                    LIBRARY= names a library that was built elsewhere
+make uninstall      takes both away, and puts back what was there before
+make lint           formatting, clippy, rustdoc, manual page, shell scripts
+make clean          removes what was built
+TEXT

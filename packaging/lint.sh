@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Everything that is checked without running the filter. Goes on after a
+# failure, so that one run shows all there is to mend.
+. "$(dirname -- "$0")/common.sh"
+need_cargo
+cd -- "$root"
+
+failed=()
+section() {
+    local name=$1
+    shift
+    printf '\n--- %s\n' "$name"
+    "$@" || failed+=("$name")
+}
+
+documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --no-deps; }
+
+manual_page() {
+    podchecker -warnings -warnings "$manual_source" &&
+        pod2man --errors=die --utf8 "$manual_source" >/dev/null
+}
+
+scripts=(packaging/*.sh .ci/run)
+syntax() {
+    local script status=0
+    for script in "${scripts[@]}"; do
+        bash -n "$script" || status=1
+    done
+    return "$status"
+}
+
+section 'cargo fmt' cargo fmt --check
+section 'cargo clippy' cargo clippy --all-targets -- -D warnings
+section 'cargo doc' documentation
+section 'manual page' manual_page
+section 'shell syntax' syntax
+section 'shellcheck' shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
+
+echo
+if [ "${#failed[@]}" -gt 0 ]; then
+    printf -v list '%s, ' "${failed[@]}"
+    die "Failed: ${list%, }"
+fi
+say 'All lints passed.'
