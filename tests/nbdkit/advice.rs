@@ -1,0 +1,163 @@
+//! What the filter tells a client about the export before the first request.
+
+use crate::harness::{Base, Server, Setup, noise};
+
+#[test]
+fn the_export_can_do_everything() {
+    let base = Base::new(&noise(1, 100_000));
+    let server = Server::start(&["file", base.path()]);
+    server.nbdsh(
+        r#"
+        assert not h.is_read_only()
+        for can in ["flush", "fua", "trim", "zero", "fast_zero", "cache", "multi_conn", "df"]:
+            assert getattr(h, "can_" + can)(), can
+        assert h.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        "#,
+    );
+}
+
+/// The plugin is asked for reads only, so what it can't do is no matter.
+#[test]
+fn the_export_can_do_everything_over_a_plugin_that_can_only_read() {
+    let server = Setup::new()
+        .below("noextents")
+        .below("nozero")
+        .below("nocache")
+        .start(&["pattern", "size=1M", "cachemode=none"]);
+    server.nbdsh(
+        r#"
+        assert not h.is_read_only()
+        for can in ["flush", "fua", "trim", "zero", "fast_zero", "multi_conn"]:
+            assert getattr(h, "can_" + can)(), can
+        Model([h], read(h), 1).run(100).check()
+        "#,
+    );
+}
+
+const SIZES: &str = r#"
+    found = [h.get_block_size(which)
+             for which in (nbd.SIZE_MINIMUM, nbd.SIZE_PREFERRED, nbd.SIZE_MAXIMUM)]
+    expected = [int(word) for word in ARGS]
+    assert found == expected, f"{found} instead of {expected}"
+"#;
+
+#[test]
+fn the_preferred_size_is_that_of_the_overlay_file_system() {
+    let base = Base::new(&noise(2, 100_000));
+    let server = Server::start(&["file", base.path()]);
+    server.nbdsh_with(&["1", "4096", "4294967295"], SIZES);
+}
+
+#[test]
+fn the_preferred_size_is_the_block_size() {
+    for (parameter, size) in [("64K", "65536"), ("512", "512"), ("1M", "1048576")] {
+        let base = Base::new(&noise(3, 100_000));
+        let parameter = format!("cow-block-size={parameter}");
+        let server = Server::start(&["file", base.path(), &parameter]);
+        server.nbdsh_with(&["1", size, "4294967295"], SIZES);
+    }
+}
+
+fn over_a_plugin_with(minimum: &str, preferred: &str, maximum: &str, expected: [&str; 3]) {
+    let base = Base::new(&noise(4, 1 << 20));
+    let server = Setup::new().below("blocksize-policy").start(&[
+        "file",
+        base.path(),
+        "cow-block-size=64K",
+        &format!("blocksize-minimum={minimum}"),
+        &format!("blocksize-preferred={preferred}"),
+        &format!("blocksize-maximum={maximum}"),
+    ]);
+    server.nbdsh_with(&expected, SIZES);
+}
+
+#[test]
+fn a_plugin_that_prefers_less_is_raised_to_the_block_size() {
+    over_a_plugin_with("512", "4K", "1M", ["512", "65536", "1048576"]);
+}
+
+#[test]
+fn a_plugin_that_prefers_more_is_left_alone() {
+    over_a_plugin_with("512", "256K", "1M", ["512", "262144", "1048576"]);
+}
+
+#[test]
+fn a_plugin_that_allows_less_than_a_block_is_left_alone() {
+    over_a_plugin_with("512", "4K", "32K", ["512", "4096", "32768"]);
+}
+
+/// A plugin may refuse what is not aligned; the client that keeps to the advice
+/// must never be the cause of such a request, not even when a block is filled.
+#[test]
+fn the_plugin_is_only_asked_for_what_its_minimum_allows() {
+    let base = Base::new(&noise(5, 1 << 20));
+    let server = Setup::new().below("blocksize-policy").start(&[
+        "file",
+        base.path(),
+        "cow-block-size=64K",
+        "blocksize-minimum=4K",
+        "blocksize-preferred=4K",
+        "blocksize-maximum=1M",
+        "blocksize-error-policy=error",
+    ]);
+    server.nbdsh(
+        r#"
+        content = read(h, step=256 * K)
+        for start in [0, 68 * K, 252 * K]:
+            h.pwrite(noise(8 * K, start), start)
+            content[start:start + 8 * K] = noise(8 * K, start)
+        h.zero(4 * K, 8 * K)
+        content[8 * K:12 * K] = bytes(4 * K)
+        same(read(h, step=256 * K), content)
+        "#,
+    );
+}
+
+#[test]
+fn the_plugin_is_never_asked_for_more_than_its_maximum() {
+    let base = Base::new(&noise(6, 1 << 20));
+    let server = Setup::new().below("blocksize-policy").start(&[
+        "file",
+        base.path(),
+        "cow-block-size=64K",
+        "blocksize-minimum=512",
+        "blocksize-preferred=4K",
+        "blocksize-maximum=32K",
+        "blocksize-error-policy=error",
+    ]);
+    server.nbdsh(
+        r#"
+        content = read(h, step=32 * K)
+        h.pwrite(b"x" * 512, 100 * K)
+        content[100 * K:100 * K + 512] = b"x" * 512
+        same(read(h, step=32 * K), content)
+        "#,
+    );
+}
+
+#[test]
+fn a_client_that_does_not_heed_the_minimum_is_served_all_the_same() {
+    let base = Base::new(&noise(7, 1 << 20));
+    let server = Setup::new().below("blocksize-policy").start(&[
+        "file",
+        base.path(),
+        "blocksize-minimum=8K",
+        "blocksize-preferred=64K",
+        "blocksize-maximum=1M",
+        "blocksize-error-policy=error",
+    ]);
+    server.nbdsh(
+        r#"
+        lenient(h)
+        content = read(h, step=256 * K)
+        for start, length in [(5, 100), (8000, 500), (M - 1, 1), (70_000, 30_000)]:
+            same(h.pread(length, start), content[start:start + length], start)
+            data = noise(length, start)
+            h.pwrite(data, start)
+            content[start:start + length] = data
+        h.trim(9_000, 200_000)
+        content[200_000:209_000] = bytes(9_000)
+        same(read(h, step=256 * K), content)
+        "#,
+    );
+}

@@ -1,0 +1,116 @@
+//! Overlays on the file systems that people have, each with its own idea of
+//! holes, of punching them and of zeroing a range.
+
+use crate::harness::mount::Mount;
+use crate::harness::{Base, Server, Setup, noise};
+
+fn serve(mount: &Mount, base: &Base, parameters: &[&str]) -> Server {
+    Setup::new()
+        .tmpdir(mount.path())
+        .start(&[&["file", base.path()], parameters].concat())
+}
+
+fn random_requests_agree_with_models(mount: &Mount) {
+    for block_size in ["cow-block-size=512", "cow-block-size=64K"] {
+        let base = Base::new(&noise(1, 3_000_001));
+        let server = serve(mount, &base, &[block_size]);
+        server.nbdsh(
+            r#"
+            Model([h, connect()], read(h), 1).run(250).check()
+            fly_together(neighbours([h, connect()], read(h), 8, 5), 40)
+            "#,
+        );
+    }
+}
+
+/// What `du` would show of the overlay falls when what was written is trimmed or zeroed.
+fn space_comes_back(mount: &Mount) {
+    for clear in ["h.trim", "h.zero"] {
+        let base = Base::new(&noise(2, 8 << 20));
+        let server = serve(mount, &base, &[]);
+        server.nbdsh("h.pwrite(noise(8 * M, 1), 0)");
+        let full = server.overlay_bytes();
+        assert!(full >= 8 << 20, "{full} bytes hold 8 MB");
+        // All but the first and the last megabyte, and not at the border of a block.
+        let clear = format!("{clear}(6 * M - 200, M + 100)");
+        server.nbdsh(&clear);
+        let left = server.overlay_bytes();
+        assert!(
+            (2 << 20..3 << 20).contains(&left),
+            "{left} bytes after {clear}, {full} before"
+        );
+        server.nbdsh(
+            r#"
+            expected = bytearray(noise(8 * M, 1))
+            expected[M + 100:7 * M - 100] = bytes(6 * M - 200)
+            same(read(h), expected)
+            "#,
+        );
+    }
+}
+
+/// Without MAY_TRIM the client wants to be sure of its space.
+fn zeroes_can_keep_their_space(mount: &Mount, fast: bool) {
+    let base = Base::new(&noise(3, 8 << 20));
+    let server = serve(mount, &base, &[]);
+    server.nbdsh_with(
+        &[if fast { "fast" } else { "slow" }],
+        r#"
+        expected = read(h)
+        assert h.can_fast_zero()
+        # Over the base, over data and over a hole.
+        h.pwrite(noise(M, 1), 2 * M)
+        h.trim(M, 4 * M)
+        for start in [0, 2 * M, 4 * M]:
+            h.zero(M, start, NO_HOLE)
+            expected[start:start + M] = bytes(M)
+            assert extents(h, start, M) == [(start, M, "data")], extents(h)
+        same(read(h), expected)
+        for start in [5 * M, 2 * M]:
+            if ARGS[0] == "fast":
+                h.zero(M, start, NO_HOLE | FAST)
+                expected[start:start + M] = bytes(M)
+            else:
+                refused("ENOTSUP", h.zero, M, start, NO_HOLE | FAST)
+        same(read(h), expected)
+        # With a hole allowed it is always fast.
+        h.zero(M, 6 * M + 5, FAST)
+        expected[6 * M + 5:7 * M + 5] = bytes(M)
+        same(read(h), expected)
+        "#,
+    );
+    let kept = server.overlay_bytes();
+    assert!(kept >= 3 << 20, "{kept} bytes keep the space of 3 MB");
+}
+
+macro_rules! on_each {
+    ($($kind:ident: $mount:expr, $fast:expr;)*) => {$(
+        mod $kind {
+            use super::*;
+
+            #[test]
+            fn random_requests_agree_with_models() {
+                super::random_requests_agree_with_models(&$mount);
+            }
+
+            #[test]
+            fn space_comes_back() {
+                super::space_comes_back(&$mount);
+            }
+
+            #[test]
+            fn zeroes_can_keep_their_space() {
+                super::zeroes_can_keep_their_space(&$mount, $fast);
+            }
+        }
+    )*};
+}
+
+on_each! {
+    ext4: Mount::formatted("ext4"), true;
+    // Block-mapped files: holes can be punched, a range can't be zeroed in place.
+    ext3: Mount::formatted("ext3"), false;
+    xfs: Mount::formatted("xfs"), true;
+    btrfs: Mount::formatted("btrfs"), true;
+    tmpfs: Mount::tmpfs("64M"), false;
+}

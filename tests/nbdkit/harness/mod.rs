@@ -1,0 +1,39 @@
+//! What the tests stand on: children that can't hang, a base that watches
+//! itself, an nbdkit that is looked at when it stops, mounts that go away.
+
+pub mod base;
+pub mod command;
+pub mod log;
+pub mod mount;
+pub mod python;
+pub mod server;
+
+pub use base::Base;
+pub use command::{run, run_in};
+pub use server::{Server, Setup};
+
+/// A directory that goes away with the value.
+///
+/// Below /var/tmp because a tmpfs, which /tmp often is, answers differently
+/// about holes than the disk file systems that the expectations are written for.
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("cow-test-")
+        .tempdir_in("/var/tmp")
+        .expect("a scratch directory in /var/tmp")
+}
+
+/// Bytes that look random, are never all zero in a block, and are the same every time.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        // xorshift64
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}

@@ -1,0 +1,195 @@
+//! Small file systems to put overlays on, and disks served over NBD made into
+//! block devices. Each goes away with its value, after a panic as well.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::command::{self, command, eventually, outcome, run, spawn};
+
+/// Two `mount -o loop` at once can be given the same free loop device, and one of them fails.
+static LOOP_DEVICES: Mutex<()> = Mutex::new(());
+
+/// A mounted file system. What uses it must be dropped before it.
+pub struct Mount {
+    point: PathBuf,
+    _scratch: TempDir,
+}
+
+impl Mount {
+    pub fn tmpfs(size: &str) -> Mount {
+        Mount::of("tmpfs", &["-t", "tmpfs", "-o", &format!("size={size}")])
+    }
+
+    pub fn ramfs() -> Mount {
+        Mount::of("ramfs", &["-t", "ramfs"])
+    }
+
+    /// A fresh file system in a file: "ext4", "ext3", "xfs", "btrfs".
+    pub fn formatted(kind: &str) -> Mount {
+        let scratch = super::scratch();
+        let image = scratch.path().join("image");
+        let (mkfs, megabytes): (&[&str], u64) = match kind {
+            "ext4" => (&["mkfs.ext4", "-q", "-F"], 48),
+            "ext3" => (&["mkfs.ext3", "-q", "-F"], 48),
+            // mkfs.xfs makes nothing under 300 MB.
+            "xfs" => (&["mkfs.xfs", "-q"], 320),
+            "btrfs" => (&["mkfs.btrfs", "-q"], 160),
+            _ => panic!("no recipe for {kind}"),
+        };
+        File::create(&image)
+            .and_then(|file| file.set_len(megabytes << 20))
+            .expect("an image file");
+        let image = image.to_str().expect("a path of our own making");
+        run(&[mkfs, &[image]].concat());
+        Mount::at(scratch, &["-o", "loop", image])
+    }
+
+    /// The file system in a file that is there already.
+    pub fn image(image: &Path) -> Mount {
+        let image = image.to_str().expect("a path of our own making");
+        Mount::at(super::scratch(), &["-o", "loop", image])
+    }
+
+    fn of(source: &str, options: &[&str]) -> Mount {
+        Mount::at(super::scratch(), &[options, &[source]].concat())
+    }
+
+    fn at(scratch: TempDir, what: &[&str]) -> Mount {
+        let point = scratch.path().join("mnt");
+        fs::create_dir(&point).expect("a mount point");
+        // A test that failed with the lock held has left nothing half done.
+        let _one_at_a_time = LOOP_DEVICES.lock().unwrap_or_else(|held| held.into_inner());
+        command::success(command("mount").args(what).arg(&point));
+        Mount {
+            point,
+            _scratch: scratch,
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.point
+    }
+
+    pub fn make_read_only(&self) {
+        command::success(command("mount").args(["-o", "remount,ro"]).arg(&self.point));
+    }
+
+    /// Takes space until no more than about this many bytes are left.
+    pub fn leave_free(&self, bytes: u64) {
+        let point = self.point.to_str().expect("a path of our own making");
+        // "Available", not "free": btrfs keeps some of that to itself.
+        let said = run(&["stat", "-f", "-c", "%a %S", point]);
+        let numbers = said.split_whitespace().map(|n| n.parse::<u64>().unwrap());
+        let size = numbers.product::<u64>().saturating_sub(bytes);
+        let filler = self.point.join("filler");
+        command::success(command("fallocate").arg(format!("-l{size}")).arg(filler));
+    }
+
+    /// Writes until nothing more goes in.
+    pub fn fill(&self) {
+        use std::io::Write;
+        for (name, chunk) in [("big", 1 << 16), ("small", 512)] {
+            let mut file = File::create(self.point.join(name)).expect("a file to fill up with");
+            let chunk = vec![0xff; chunk];
+            while file.write_all(&chunk).is_ok() {}
+        }
+    }
+
+    /// Unmounts, and fails if that does not work: what was written is then in the image.
+    pub fn unmount(self) {
+        assert!(
+            unmount(&["umount"], &self.point),
+            "{:?} stays busy",
+            self.point
+        );
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if mounted(&self.point) && !unmount(&["umount"], &self.point) {
+            // Detached, it ends when its last user does.
+            unmount(&["umount", "-l"], &self.point);
+        }
+    }
+}
+
+/// An NBD export as a file, so that loop devices and fsck can have it.
+pub struct NbdFuse {
+    child: Child,
+    point: PathBuf,
+    _scratch: TempDir,
+}
+
+impl NbdFuse {
+    pub fn new(uri: &str) -> NbdFuse {
+        let scratch = super::scratch();
+        let point = scratch.path().join("fuse");
+        fs::create_dir(&point).expect("a mount point");
+        let file = point.join("disk");
+        let mut child = spawn(command("nbdfuse").arg(&file).arg(uri));
+        let ready = eventually(command::LIMIT, || {
+            if let Ok(Some(status)) = child.try_wait() {
+                panic!("nbdfuse ended at once: {status}");
+            }
+            file.exists()
+        });
+        let fuse = NbdFuse {
+            child,
+            point,
+            _scratch: scratch,
+        };
+        assert!(ready, "nbdfuse shows no file");
+        fuse
+    }
+
+    pub fn file(&self) -> PathBuf {
+        self.point.join("disk")
+    }
+
+    /// Unmounts and waits for nbdfuse, so that its connection is closed.
+    pub fn unmount(mut self) {
+        assert!(
+            unmount(&["fusermount3", "-u"], &self.point),
+            "{:?} stays busy",
+            self.point
+        );
+        let ended = command::wait(&mut self.child, command::LIMIT);
+        assert!(ended.is_some_and(|s| s.success()), "nbdfuse: {ended:?}");
+    }
+}
+
+impl Drop for NbdFuse {
+    fn drop(&mut self) {
+        if mounted(&self.point) && !unmount(&["fusermount3", "-u"], &self.point) {
+            unmount(&["fusermount3", "-u", "-z"], &self.point);
+        }
+        if command::wait(&mut self.child, Duration::from_secs(10)).is_none() {
+            command::kill_group(&mut self.child);
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// A loop device lets go of its file a moment after the unmount, so busy is asked again.
+fn unmount(how: &[&str], point: &Path) -> bool {
+    eventually(Duration::from_secs(20), || {
+        !mounted(point)
+            || outcome(command(how[0]).args(&how[1..]).arg(point))
+                .status
+                .success()
+    })
+}
+
+fn mounted(point: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mounts").expect("the table of mounts");
+    let point = point.to_str().expect("a path of our own making");
+    table
+        .lines()
+        .any(|line| line.split(' ').nth(1) == Some(point))
+}

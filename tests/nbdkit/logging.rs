@@ -1,0 +1,90 @@
+//! What `nbdkit -v` shows of the filter, and how to see more or less of it.
+
+use crate::harness::{Base, Setup, noise};
+
+/// The lines that the filter's own code has logged while a client wrote and read.
+fn logged(options: &[&str], cow_log: Option<&str>) -> Vec<String> {
+    let base = Base::new(&noise(1, 100_000));
+    let mut setup = Setup::new();
+    for option in options {
+        setup = setup.option(option);
+    }
+    if let Some(filter) = cow_log {
+        setup = setup.env("COW_LOG", filter);
+    }
+    let server = setup.start(&["file", base.path()]);
+    server.nbdsh("h.pwrite(b'x' * 512, 54_321); h.pread(512, 54_321); h.trim(8192, 4096)");
+    server
+        .stderr()
+        .lines()
+        .filter(|line| line.contains(": nbdkit_cow_filter"))
+        .map(String::from)
+        .collect()
+}
+
+/// A line about one request tells where on the disk it was.
+fn requests(lines: &[String]) -> usize {
+    lines.iter().filter(|line| line.contains("54321")).count()
+}
+
+#[test]
+fn without_v_nothing_is_logged() {
+    for cow_log in [None, Some("trace")] {
+        assert_eq!(logged(&[], cow_log), [""; 0]);
+        assert_eq!(logged(&["-D", "cow.verbose=1"], cow_log), [""; 0]);
+    }
+}
+
+#[test]
+fn with_v_the_filter_tells_what_it_does_but_not_each_request() {
+    let lines = logged(&["-v"], None);
+    assert!(!lines.is_empty(), "nothing from the filter");
+    assert!(
+        lines.iter().all(|line| line.contains("debug: ")),
+        "{lines:?}"
+    );
+    assert_eq!(requests(&lines), 0, "{lines:?}");
+}
+
+#[test]
+fn with_the_verbose_flag_each_request_is_logged() {
+    let lines = logged(&["-v", "-D", "cow.verbose=1"], None);
+    assert!(requests(&lines) >= 2, "the write and the read in {lines:?}");
+    assert_eq!(requests(&logged(&["-v", "-D", "cow.verbose=0"], None)), 0);
+}
+
+#[test]
+fn cow_log_can_silence_the_filter() {
+    for options in [&["-v"][..], &["-v", "-D", "cow.verbose=1"]] {
+        assert_eq!(logged(options, Some("off")), [""; 0]);
+    }
+}
+
+#[test]
+fn cow_log_chooses_by_module() {
+    let all = logged(&["-v", "-D", "cow.verbose=1"], None);
+    let some = logged(
+        &["-v", "-D", "cow.verbose=1"],
+        Some("off,nbdkit_cow_filter::overlay=trace"),
+    );
+    assert!(
+        !some.is_empty() && some.len() < all.len(),
+        "{some:?} of {all:?}"
+    );
+    for line in &some {
+        assert!(line.contains("nbdkit_cow_filter::overlay"), "{line}");
+    }
+    let debug = logged(
+        &["-v", "-D", "cow.verbose=1"],
+        Some("debug,nbdkit_cow_filter::overlay=trace"),
+    );
+    assert!(
+        debug.len() > some.len() && debug.len() < all.len(),
+        "{debug:?}"
+    );
+}
+
+#[test]
+fn a_cow_log_that_makes_no_sense_does_not_stop_nbdkit() {
+    logged(&["-v"], Some("no/such=filter,,=,loud"));
+}

@@ -1,0 +1,124 @@
+//! Parameters: what is accepted, what is refused and with which words.
+
+use crate::harness::server::library;
+use crate::harness::{Base, Server, Setup, noise, run};
+
+/// A bad value ends nbdkit with one message that names the parameter, the value
+/// and each of the words that tell what is allowed.
+fn assert_refused(key: &str, value: &str, allowed: &[&str]) {
+    let parameter = format!("{key}={value}");
+    let error = Setup::new().error(&["null", "size=1M", &parameter]);
+    for word in [&[key, value], allowed].concat() {
+        assert!(
+            error.contains(word),
+            "{word:?} in the message for {parameter}: {error}"
+        );
+    }
+}
+
+#[test]
+fn a_block_size_out_of_range_or_no_power_of_two_is_refused() {
+    for value in [
+        "0", "1", "256", "3000", "513", "4G", "-1", "abc", "", "4K4", "1e9",
+    ] {
+        assert_refused("cow-block-size", value, &["power of two", "512", "2G"]);
+    }
+}
+
+#[test]
+fn a_relative_path_for_cow_on_read_is_refused() {
+    for value in ["relative/path", "maybe", "./here", ""] {
+        assert_refused("cow-on-read", value, &["true", "false", "absolute path"]);
+    }
+}
+
+#[test]
+fn a_value_that_is_no_boolean_is_refused() {
+    for value in ["2x", "maybe", "", "/tmp/file"] {
+        assert_refused("cow-on-cache", value, &["true", "false"]);
+    }
+    for value in ["perhaps", "2", ""] {
+        assert_refused("cow-serialize", value, &["true", "false"]);
+    }
+}
+
+#[test]
+fn an_unknown_scope_is_refused() {
+    for value in ["disk", "Export", "connections", ""] {
+        assert_refused("cow-scope", value, &["export", "connection"]);
+    }
+}
+
+/// The same spellings as in all of nbdkit.
+#[test]
+fn booleans_and_sizes_are_read_as_nbdkit_reads_them() {
+    for value in ["true", "TRUE", "yes", "on", "1", "false", "no", "off", "0"] {
+        for key in ["cow-on-read", "cow-on-cache", "cow-serialize"] {
+            Server::start(&["null", "size=1M", &format!("{key}={value}")]).stop();
+        }
+    }
+    for (value, size) in [
+        ("512", 512),
+        ("4096", 4096),
+        ("8k", 8192),
+        ("8192b", 8192),
+        ("2M", 2 << 20),
+    ] {
+        let server = Server::start(&["null", "size=1M", &format!("cow-block-size={value}")]);
+        let said = run(&["nbdinfo", &server.uri()]);
+        let preferred = format!("block_size_preferred: {size}");
+        assert!(said.contains(&preferred), "{preferred} in {said}");
+    }
+    for value in ["2G", "512", "1073741824"] {
+        Server::start(&["null", "size=1M", &format!("cow-block-size={value}")]).stop();
+    }
+}
+
+#[test]
+fn a_parameter_that_is_not_ours_reaches_the_plugin() {
+    let error = Setup::new().error(&["null", "size=1M", "cow-nonsense=1"]);
+    assert!(error.contains("cow-nonsense"), "{error}");
+    let base = Base::new(&noise(1, 10_000));
+    let server = Setup::new().below("offset").start(&[
+        "file",
+        "fadvise=sequential",
+        &format!("file={}", base.path()),
+        "cow-block-size=8K",
+        "offset=1000",
+        "range=5000",
+    ]);
+    server.nbdsh_with(
+        &[base.path()],
+        "same(read(h), open(ARGS[0], 'rb').read()[1000:6000])",
+    );
+}
+
+#[test]
+fn help_shows_every_parameter() {
+    let help = Setup::new().option("--help").output(&["null"]);
+    assert!(help.status.success(), "{}", help.stderr);
+    for key in ["block-size", "on-cache", "on-read", "scope", "serialize"] {
+        let key = format!("cow-{key}=");
+        let described = help.stdout.lines().any(|line| line.starts_with(&key));
+        assert!(described, "{key} in {}", help.stdout);
+    }
+}
+
+#[test]
+fn the_library_exports_two_symbols() {
+    let said = run(&["nm", "-D", "--defined-only", library()]);
+    let mut symbols: Vec<_> = said
+        .lines()
+        .map(|line| line.split_whitespace().last().unwrap_or(line))
+        .collect();
+    symbols.sort_unstable();
+    assert_eq!(symbols, ["cow_debug_verbose", "filter_init"]);
+}
+
+#[test]
+fn nbdkit_knows_the_filter_by_its_name() {
+    let dump = Setup::new().option("--dump-plugin").output(&["null"]);
+    assert!(dump.status.success(), "{}", dump.stderr);
+    let help = Setup::new().option("--help").output(&["null"]);
+    assert!(help.stdout.contains("filter: cow"), "{}", help.stdout);
+}

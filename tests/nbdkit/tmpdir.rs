@@ -1,0 +1,219 @@
+//! TMPDIR is tried before any client connects: it is too late to find out at the first write.
+
+use std::fs;
+use std::path::Path;
+
+use crate::harness::command::{LIMIT, command, eventually, signal, success};
+use crate::harness::mount::Mount;
+use crate::harness::{Base, Setup, noise, run, scratch};
+
+fn assert_refused(directory: &Path, reason: &str) {
+    let error = Setup::new().tmpdir(directory).error(&["null", "size=1M"]);
+    for word in [directory.to_str().unwrap(), reason, "TMPDIR"] {
+        assert!(error.contains(word), "{word:?} in {error:?}");
+    }
+}
+
+#[test]
+fn a_directory_that_is_not_there_is_refused() {
+    let files = scratch();
+    assert_refused(&files.path().join("missing"), "No such file or directory");
+}
+
+#[test]
+fn a_file_in_the_place_of_the_directory_is_refused() {
+    let files = scratch();
+    let file = files.path().join("file");
+    fs::write(&file, "").unwrap();
+    assert_refused(&file, "Not a directory");
+}
+
+/// Root may write everywhere but to a file system that is read-only.
+#[test]
+fn a_directory_that_can_not_be_written_to_is_refused() {
+    let mount = Mount::tmpfs("4M");
+    mount.make_read_only();
+    assert_refused(mount.path(), "Read-only file system");
+}
+
+#[test]
+fn a_full_file_system_is_refused() {
+    for mount in [Mount::tmpfs("1M"), Mount::formatted("ext4")] {
+        mount.fill();
+        assert_refused(mount.path(), "No space left on device");
+    }
+}
+
+/// nbdkit becomes another user after the directory was tried as root.
+#[test]
+fn a_directory_that_the_user_of_minus_u_can_not_write_to_is_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let mount = Mount::tmpfs("4M");
+    let allow = |mode| fs::set_permissions(mount.path(), fs::Permissions::from_mode(mode)).unwrap();
+    let as_nobody = |options: &[&str]| {
+        let mut setup = Setup::new().tmpdir(mount.path()).option("-unobody");
+        for option in options {
+            setup = setup.option(option);
+        }
+        setup.output(&["null", "size=1M"])
+    };
+    allow(0o755);
+    let files = scratch();
+    let socket = files.path().join("socket");
+    let refused = as_nobody(&["-f", "-U", socket.to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
+    for word in [
+        mount.path().to_str().unwrap(),
+        "Permission denied",
+        "TMPDIR",
+    ] {
+        assert!(
+            refused.stderr.contains(word),
+            "{word:?} in {:?}",
+            refused.stderr
+        );
+    }
+    allow(0o1777);
+    let served = as_nobody(&["-U", "-", "--run", "nbdinfo --size $uri"]);
+    assert_eq!(served.stdout, "1048576\n", "{}", served.stderr);
+}
+
+/// The overlay is a row of files: one of them is as large as a file may be here.
+#[test]
+fn a_disk_can_be_larger_than_a_file_may_be() {
+    let server = Setup::new()
+        .file_size_limit(8 << 20)
+        .start(&["null", "size=1G"]);
+    server.nbdsh(
+        r#"
+        # Across the border of two files, over several of them, and at the end.
+        h.pwrite(noise(5000, 1), 8 * M - 100)
+        h.pwrite(noise(20 * M, 2), 100 * M + 5)
+        h.pwrite(noise(5000, 3), G - 5000)
+        h.trim(10 * M, 105 * M)
+        same(h.pread(5000, 8 * M - 100), noise(5000, 1))
+        expected = bytearray(noise(20 * M, 2))
+        expected[5 * M - 5:15 * M - 5] = bytes(10 * M)
+        same(h.pread(20 * M, 100 * M + 5), expected)
+        same(h.pread(5000, G - 5000), noise(5000, 3))
+        "#,
+    );
+}
+
+#[test]
+fn a_refused_directory_is_left_as_it_was() {
+    let mount = Mount::tmpfs("1M");
+    mount.fill();
+    let before = run(&[
+        "ls",
+        "-la",
+        "--time-style=full-iso",
+        mount.path().to_str().unwrap(),
+    ]);
+    assert_refused(mount.path(), "No space left on device");
+    let after = run(&[
+        "ls",
+        "-la",
+        "--time-style=full-iso",
+        mount.path().to_str().unwrap(),
+    ]);
+    assert_eq!(
+        before.lines().skip(2).collect::<Vec<_>>(),
+        after.lines().skip(2).collect::<Vec<_>>()
+    );
+}
+
+#[test]
+fn without_tmpdir_the_overlay_is_in_var_tmp() {
+    let base = Base::new(&noise(1, 100_000));
+    let server = Setup::new().without_tmpdir().start(&["file", base.path()]);
+    server.nbdsh("h.pwrite(b'x' * 4096, 0)");
+    assert!(server.overlay_bytes() >= 4096, "no overlay in /var/tmp");
+}
+
+#[test]
+fn the_overlay_is_private_and_has_no_name() {
+    let base = Base::new(&noise(2, 100_000));
+    let directory = scratch();
+    let server = Setup::new()
+        .tmpdir(directory.path())
+        .start(&["file", base.path()]);
+    server.nbdsh("h.pwrite(b'x' * 4096, 0)");
+    let files = server.overlay_files();
+    assert!(!files.is_empty(), "no overlay in {:?}", directory.path());
+    for file in files {
+        assert_eq!(file.mode, 0o600, "the mode of the overlay");
+        assert!(
+            file.close_on_exec,
+            "children of nbdkit would inherit the overlay"
+        );
+    }
+    let names = fs::read_dir(directory.path()).unwrap().count();
+    assert_eq!(names, 0, "an overlay with a name would stay after a crash");
+}
+
+/// As a daemon, nbdkit changes to the root directory before the first client comes.
+#[test]
+fn a_relative_directory_is_that_of_the_start() {
+    let base = Base::new(&noise(3, 100_000));
+    let files = scratch();
+    fs::create_dir(files.path().join("relative")).unwrap();
+    let socket = files.path().join("socket");
+    let pidfile = files.path().join("pid");
+    let mut nbdkit = Setup::new().command(
+        &["file", base.path(), "cow-scope=connection"],
+        "relative".as_ref(),
+        |nbdkit| {
+            nbdkit.arg("-U").arg(&socket).arg("-P").arg(&pidfile);
+            nbdkit.current_dir(files.path());
+        },
+    );
+    success(&mut nbdkit);
+    let daemon = Daemon::of(&pidfile);
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let source = files.path().join("source");
+    fs::write(&source, noise(4, 100_000)).unwrap();
+    success(command("nbdcopy").arg("--flush").arg(&source).arg(&uri));
+    drop(daemon);
+}
+
+/// An nbdkit that is nobody's child any more.
+struct Daemon(u32);
+
+impl Daemon {
+    fn of(pidfile: &Path) -> Daemon {
+        let read = || fs::read_to_string(pidfile).unwrap_or_default();
+        assert!(eventually(LIMIT, || read().ends_with('\n')), "no pid file");
+        Daemon(read().trim().parse().expect("a process id"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        signal(self.0, libc::SIGTERM);
+        let process = format!("/proc/{}", self.0);
+        let ended = eventually(LIMIT, || !Path::new(&process).exists());
+        assert!(
+            ended || std::thread::panicking(),
+            "the daemon ignored SIGTERM"
+        );
+    }
+}
+
+/// Space that can't be given back is a pity, and no reason to refuse the service.
+#[test]
+fn a_file_system_without_hole_punching_is_accepted() {
+    let mount = Mount::ramfs();
+    let base = Base::new(&noise(5, 500_000));
+    let server = Setup::new()
+        .option("-v")
+        .tmpdir(mount.path())
+        .start(&["file", base.path()]);
+    let directory = mount.path().to_str().unwrap();
+    let said = server.stderr();
+    let told = said
+        .lines()
+        .any(|line| line.contains("debug: ") && line.contains(directory));
+    assert!(told, "nothing about {directory} in {said}");
+    server.nbdsh("Model([h, connect()], read(h), 1).run(200).check()");
+}
