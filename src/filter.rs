@@ -119,7 +119,7 @@ impl Connection<'_> {
 
     pub fn trim(&self, base: &impl Base, offset: u64, len: u64) -> Result<()> {
         log::trace!("request: trim {len} bytes at {offset}");
-        self.overlay.zero(base, offset, len, Zeroing::TRIM)
+        self.overlay.zero(base, offset, len, Zeroing::Trim)
     }
 
     /// Nothing is left to do: a temporary overlay need not survive anything, and

@@ -287,7 +287,7 @@ callback! { request trim(connection, base, count: u32, offset: u64, _flags: u32)
 
 callback! { request zero(connection, base, count: u32, offset: u64, flags: u32), {
     let has = |flag: c_int| flags & flag as u32 != 0;
-    let how = Zeroing {
+    let how = Zeroing::Zero {
         may_trim: has(sys::NBDKIT_FLAG_MAY_TRIM),
         fast: has(sys::NBDKIT_FLAG_FAST_ZERO),
     };

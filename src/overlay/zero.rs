@@ -17,52 +17,85 @@ const WINDOW: u64 = 1 << 30;
 /// What is written where zeroes must be written.
 static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
 
-/// How a client wants its zeroes (NBD_CMD_WRITE_ZEROES and its flags).
+/// What a client wants to become of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Zeroing {
-    /// The space may be given back (no NBD_CMD_FLAG_NO_HOLE).
-    pub may_trim: bool,
-    /// ENOTSUP is wanted rather than written zeroes (NBD_CMD_FLAG_FAST_ZERO).
-    pub fast: bool,
+pub enum Zeroing {
+    /// The bytes are of no use any more (NBD_CMD_TRIM). They read as zeroes
+    /// afterwards, but that is more than NBD promises.
+    Trim,
+    /// Zeroes (NBD_CMD_WRITE_ZEROES).
+    Zero {
+        /// The space may be given back (no NBD_CMD_FLAG_NO_HOLE).
+        may_trim: bool,
+        /// ENOTSUP is wanted rather than written zeroes (NBD_CMD_FLAG_FAST_ZERO).
+        fast: bool,
+    },
 }
 
 impl Zeroing {
-    /// What a trim asks for.
-    pub const TRIM: Self = Zeroing {
-        may_trim: true,
-        fast: false,
-    };
+    fn may_trim(self) -> bool {
+        match self {
+            Zeroing::Trim => true,
+            Zeroing::Zero { may_trim, .. } => may_trim,
+        }
+    }
 }
 
 impl<S: Store> Overlay<S> {
     /// Makes `len` bytes at `offset` read as zeroes.
     pub fn zero(&self, base: &impl Base, offset: u64, len: u64, how: Zeroing) -> Result<()> {
         let range = ByteRange::checked(offset, len, self.size)?;
-        if how.fast && !how.may_trim && !self.store.can_zero_range() {
+        let must_be_fast = matches!(how, Zeroing::Zero { fast: true, .. });
+        if must_be_fast && !how.may_trim() && !self.store.can_zero_range() {
             return Err(Error::new(
                 libc::ENOTSUP,
                 "the overlay's file system can't zero a range fast and keep its space",
             ));
         }
-        let may_trim = how.may_trim;
-        for piece in self.block_size.pieces(range, self.size) {
-            log::trace!("zero {piece:?}, may_trim={may_trim}");
-            match piece {
-                Piece::Partial { block, bytes } => {
-                    self.modify(base, block, bytes, New::Zeroes { may_trim })?;
-                }
-                Piece::Whole { blocks, .. } => {
-                    for window in self.windows(blocks) {
-                        if may_trim {
-                            self.discard(window)?;
-                        } else {
-                            self.zero_and_keep(window)?;
-                        }
-                    }
-                }
+        // Whole blocks first: on a full file system they make room for the others.
+        let pieces = || self.block_size.pieces(range, self.size);
+        for piece in pieces() {
+            if let Piece::Whole { blocks, .. } = piece {
+                self.zero_whole(blocks, how)?;
+            }
+        }
+        for piece in pieces() {
+            if let Piece::Partial { block, bytes } = piece {
+                self.zero_part(base, block, bytes, how)?;
             }
         }
         Ok(())
+    }
+
+    fn zero_whole(&self, blocks: Range<BlockNum>, how: Zeroing) -> Result<()> {
+        log::trace!("zero {blocks:?}, {how:?}");
+        for window in self.windows(blocks) {
+            if how.may_trim() {
+                self.discard(window)?;
+            } else {
+                self.zero_and_keep(window)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn zero_part(
+        &self,
+        base: &impl Base,
+        block: BlockNum,
+        bytes: ByteRange,
+        how: Zeroing,
+    ) -> Result<()> {
+        log::trace!("zero {bytes:?} of {block:?}, {how:?}");
+        let may_trim = how.may_trim();
+        match self.modify(base, block, bytes, New::Zeroes { may_trim }) {
+            // Whoever trims because there is no space must not be stopped by that.
+            Err(e) if how == Zeroing::Trim && e.errno() == libc::ENOSPC => {
+                log::debug!("trim: {bytes:?} keep their old value: {e}");
+                Ok(())
+            }
+            done => done,
+        }
     }
 
     /// Makes `blocks` *zero* and gives their space back.

@@ -236,6 +236,11 @@ impl TestStore {
         self.calls.lock().expect("no test thread died").clear();
     }
 
+    /// Counts on from `number`, for a test that lets the same call fail again.
+    pub fn forget_changes(&self, number: usize) {
+        self.changes.store(number, Ordering::SeqCst);
+    }
+
     /// How many calls that change something there were.
     pub fn changes(&self) -> usize {
         self.changes.load(Ordering::SeqCst)

@@ -34,7 +34,7 @@ fn the_map_is_that_of_the_overlay_over_that_of_the_base() {
     );
     overlay.write(&base, &[1], 3 * BLOCK).expect("a good write");
     overlay
-        .zero(&base, 7 * BLOCK, BLOCK, Zeroing::TRIM)
+        .zero(&base, 7 * BLOCK, BLOCK, Zeroing::Trim)
         .expect("a good trim");
     assert_eq!(
         map(&base, &overlay, false),
@@ -73,7 +73,7 @@ fn a_fragmented_overlay_asks_the_base_once() {
     let overlay = Overlay::new(size, block_size(BLOCK), TestStore::default());
     for block in (0..1000).step_by(2) {
         overlay
-            .zero(&base, block * BLOCK, BLOCK, Zeroing::TRIM)
+            .zero(&base, block * BLOCK, BLOCK, Zeroing::Trim)
             .expect("a good trim");
     }
     assert_eq!(map(&base, &overlay, false).len(), 1000);
@@ -152,7 +152,7 @@ fn a_partial_write_reads_only_what_it_does_not_bring() {
 fn a_cache_request_goes_to_the_base_where_the_base_has_the_bytes() {
     let (base, overlay) = test_disk(10 * BLOCK);
     overlay
-        .zero(&base, 2 * BLOCK, BLOCK, Zeroing::TRIM)
+        .zero(&base, 2 * BLOCK, BLOCK, Zeroing::Trim)
         .expect("a good trim");
     overlay
         .cache(&base, 10, 4 * BLOCK, false)

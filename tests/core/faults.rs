@@ -12,9 +12,15 @@ const SIZE: u64 = 6 * BLOCK + 1000;
 
 type Request = fn(&TestBase, &Overlay<TestStore>) -> Result<()>;
 
-const KEEP: Zeroing = Zeroing {
+const KEEP: Zeroing = Zeroing::Zero {
     may_trim: false,
     fast: false,
+};
+
+/// As a trim, but what fails is told.
+const DISCARD: Zeroing = Zeroing::Zero {
+    may_trim: true,
+    fast: true,
 };
 
 /// Requests that between them make every kind of change to the store.
@@ -22,14 +28,14 @@ const SCRIPT: [Request; 11] = [
     |base, disk| disk.write(base, &[1; 100], 10),
     |base, disk| disk.write(base, &vec![2; 2 * BLOCK as usize + 7], BLOCK - 3),
     |base, disk| disk.write(base, &[3; 100], 50),
-    |base, disk| disk.zero(base, 20, 3 * BLOCK, Zeroing::TRIM),
+    |base, disk| disk.zero(base, 20, 3 * BLOCK, DISCARD),
     |base, disk| disk.zero(base, 4 * BLOCK - 9, BLOCK + 20, KEEP),
     |base, disk| disk.write(base, &[4; 1000], 6 * BLOCK),
     |base, disk| disk.cache(base, 5 * BLOCK, BLOCK, true),
     |base, disk| disk.zero(base, 2 * BLOCK + 5, 10, KEEP),
     |base, disk| disk.write(base, &vec![5; BLOCK as usize], 2 * BLOCK),
-    |base, disk| disk.zero(base, 2 * BLOCK + 5, 10, Zeroing::TRIM),
-    |base, disk| disk.zero(base, 0, SIZE, Zeroing::TRIM),
+    |base, disk| disk.zero(base, 2 * BLOCK + 5, 10, DISCARD),
+    |base, disk| disk.zero(base, 0, SIZE, DISCARD),
 ];
 
 #[test]
@@ -115,7 +121,7 @@ fn a_bad_sector_of_the_base_fails_only_what_needs_it() {
         disk.read(&base, &mut buf, 0, false),
         disk.read(&base, &mut buf, 0, true),
         disk.write(&base, &[1], 5),
-        disk.zero(&base, 5, 10, Zeroing::TRIM),
+        disk.zero(&base, 5, 10, Zeroing::Trim),
         disk.cache(&base, 0, 10, true),
     ];
     for failure in failures {
@@ -145,13 +151,32 @@ fn requests_past_the_end_are_refused() {
         let failures = [
             disk.read(&base, &mut buf, offset, false),
             disk.write(&base, &buf, offset),
-            disk.zero(&base, offset, len as u64, Zeroing::TRIM),
+            disk.zero(&base, offset, len as u64, Zeroing::Trim),
             disk.cache(&base, offset, len as u64, false),
             disk.extents(&base, offset, len as u64, false).map(|_| ()),
         ];
         for failure in failures {
             assert_eq!(failure.expect_err("past the end").errno(), libc::EINVAL);
         }
+    }
+}
+
+#[test]
+fn a_trim_on_a_full_file_system_gives_back_what_it_can() {
+    let (base, disk) = test_disk(SIZE);
+    disk.write(&base, &vec![1; 3 * BLOCK as usize], 0)
+        .expect("a good write");
+    let fail_from = disk.store().changes() + 1;
+    for (how, answer) in [(Zeroing::Trim, Ok(())), (DISCARD, Err(libc::ENOSPC))] {
+        // The hole for the whole block is made, then the first part fails.
+        *disk.store().fail.lock().expect("no test thread died") = Some((fail_from, libc::ENOSPC));
+        let result = disk.zero(&base, 100, 2 * BLOCK, how);
+        assert_eq!(result.map_err(|e| e.errno()), answer, "{how:?}");
+        assert_eq!(disk.state_at(BLOCK).expect("in range"), State::Zero);
+        disk.store().forget_changes(fail_from - 1);
+        disk.write(&base, &vec![1; BLOCK as usize], BLOCK)
+            .expect("a good write");
+        disk.store().forget_changes(fail_from - 1);
     }
 }
 
@@ -163,7 +188,7 @@ fn without_hole_punching_a_trim_changes_only_the_map() {
     disk.write(&base, &vec![1; BLOCK as usize], 0)
         .expect("a good write");
     disk.store().forget_calls();
-    disk.zero(&base, 0, BLOCK, Zeroing::TRIM)
+    disk.zero(&base, 0, BLOCK, Zeroing::Trim)
         .expect("a good trim");
     assert_eq!(disk.store().calls(), []);
     assert_eq!(disk.state_at(0).expect("in range"), State::Zero);
@@ -179,18 +204,14 @@ fn a_fast_zero_that_would_have_to_be_written_is_refused_before_anything_changes(
     let base = TestBase::new(SIZE);
     let store = TestStore::with(true, false);
     let disk = Overlay::new(SIZE, crate::disk::block_size(BLOCK), store);
-    let how = Zeroing {
+    let how = Zeroing::Zero {
         may_trim: false,
         fast: true,
     };
     let error = disk.zero(&base, 10, BLOCK * 2, how).expect_err("not fast");
     assert_eq!(error.errno(), libc::ENOTSUP);
     assert_eq!(disk.store().changes(), 0);
-    let fast_trim = Zeroing {
-        may_trim: true,
-        fast: true,
-    };
-    disk.zero(&base, 0, BLOCK * 2, fast_trim)
+    disk.zero(&base, 0, BLOCK * 2, DISCARD)
         .expect("a fast zero");
     disk.zero(&base, 0, BLOCK * 2, KEEP).expect("a slow zero");
     assert_eq!(disk.state_at(0).expect("in range"), State::Data);

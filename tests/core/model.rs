@@ -136,7 +136,7 @@ fn compare<S: Store>(
                 model.set(range, &buf);
             }
             Request::Zero { may_trim, fast } => {
-                let how = Zeroing {
+                let how = Zeroing::Zero {
                     may_trim: *may_trim,
                     fast: *fast,
                 };

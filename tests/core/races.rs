@@ -22,7 +22,7 @@ const SIZE: u64 = 3 * BLOCK;
 /// The block that both requests go to.
 const START: u64 = BLOCK;
 
-const KEEP: Zeroing = Zeroing {
+const KEEP: Zeroing = Zeroing::Zero {
     may_trim: false,
     fast: false,
 };
@@ -139,7 +139,7 @@ fn a_write_of_zeroes_survives_a_fill() {
 #[test]
 fn a_trim_and_a_zero_survive_a_fill() {
     for (name, fill) in fills() {
-        for how in [Zeroing::TRIM, KEEP] {
+        for how in [Zeroing::Trim, KEEP] {
             let (block, _) = interleave(fill, |base, disk| {
                 disk.zero(base, START, BLOCK, how).expect("a good zero");
             });
@@ -203,7 +203,7 @@ fn a_whole_write_and_a_partial_write_are_in_some_order() {
 
 #[test]
 fn a_partial_write_does_not_bring_back_what_a_trim_or_zero_removed() {
-    for how in [Zeroing::TRIM, KEEP] {
+    for how in [Zeroing::Trim, KEEP] {
         let (block, _) = interleave(
             |base, disk| {
                 disk.write(base, b"first", START + 10)
@@ -220,7 +220,7 @@ fn a_partial_write_does_not_bring_back_what_a_trim_or_zero_removed() {
 
 #[test]
 fn a_partial_trim_and_a_partial_write_both_survive() {
-    for how in [Zeroing::TRIM, KEEP] {
+    for how in [Zeroing::Trim, KEEP] {
         let (block, _) = interleave(
             |base, disk| disk.zero(base, START + 10, 90, how).expect("a good zero"),
             |base, disk| {
@@ -255,7 +255,7 @@ fn a_write_waits_for_the_hole_of_a_trim() {
             .expect("a good write");
         disk.store().punch_gate.close();
         thread::scope(|scope| {
-            let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::TRIM));
+            let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::Trim));
             disk.store().punch_gate.wait_for(1);
             let write = scope.spawn(|| disk.write(&base, &new, offset));
             thread::sleep(TEMPTATION);
@@ -281,7 +281,7 @@ fn a_trim_waits_for_a_write_that_is_under_way() {
         thread::scope(|scope| {
             let write = scope.spawn(|| disk.write(&base, &new, offset));
             disk.store().write_gate.wait_for(1);
-            let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::TRIM));
+            let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::Trim));
             thread::sleep(TEMPTATION);
             assert!(!trim.is_finished(), "a trim went on during the write");
             disk.store().write_gate.open();
@@ -319,7 +319,7 @@ fn a_read_goes_on_while_a_trim_has_the_block_alone() {
         .expect("a good write");
     disk.store().punch_gate.close();
     thread::scope(|scope| {
-        let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::TRIM));
+        let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::Trim));
         disk.store().punch_gate.wait_for(1);
         let mut buf = [9; 100];
         disk.read(&base, &mut buf, START, false)
@@ -362,7 +362,7 @@ fn write_to_own_slots(overlay: &Overlay<TemporaryStore>, writer: u64) {
         let slot = (seed >> 33) % slots;
         let bytes = if round % 5 == 4 {
             overlay
-                .zero(&base, place(slot), SLOT, Zeroing::TRIM)
+                .zero(&base, place(slot), SLOT, Zeroing::Trim)
                 .expect("a good trim");
             [0; SLOT as usize]
         } else {
