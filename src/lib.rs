@@ -13,6 +13,7 @@
 //! - [`base`]: what lies beneath the overlay
 //! - [`block`]: units, and the splitting of requests into blocks
 //! - [`buffer`]: bytes in memory
+//! - `sync`: the primitives of the parallel code
 //! - [`error`]: an errno and a sentence
 //!
 //! The core knows nothing of nbdkit; `tests/core` drives it over a base in memory.
@@ -25,3 +26,4 @@ pub mod error;
 pub mod filter;
 pub mod nbdkit;
 pub mod overlay;
+mod sync;

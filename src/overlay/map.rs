@@ -35,12 +35,13 @@
 //! neither a word per block nor time per block.
 
 use std::alloc::{self, Layout};
+use std::array;
 use std::ops::Range;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 use crate::block::BlockNum;
 use crate::error::{Error, Result};
+use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 
 /// Where the bytes of a block are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,9 +55,11 @@ pub enum State {
 }
 
 const BLOCKS_PER_WORD: u64 = 32;
-const WORDS_PER_LEAF: u64 = 64;
+/// (The model checker can't cope with many atomics, and needs no more than two of
+/// anything to find a mistake.)
+const WORDS_PER_LEAF: u64 = if cfg!(loom) { 2 } else { 64 };
 const BLOCKS_PER_LEAF: u64 = BLOCKS_PER_WORD * WORDS_PER_LEAF;
-const SLOTS_SHIFT: u32 = 9;
+const SLOTS_SHIFT: u32 = if cfg!(loom) { 1 } else { 9 };
 const SLOTS: usize = 1 << SLOTS_SHIFT;
 
 /// 8 EiB in the smallest blocks; no disk is larger. With five levels of nodes the
@@ -106,6 +109,11 @@ impl BlockMap {
             levels,
             blocks: blocks.0,
         }
+    }
+
+    /// Whether every block is *base*.
+    pub fn is_untouched(&self) -> bool {
+        self.root.load(Ordering::Acquire).is_null()
     }
 
     /// The state of `block`. EINVAL if there is no such block.
@@ -283,7 +291,7 @@ impl BlockMap {
         while shift > 0 {
             let mut target = slot.load(Ordering::Acquire);
             if target.is_null() {
-                target = grow(slot, target, Layout::new::<Node>(), |_| {})?;
+                target = grow(slot, target, Node::new)?;
             }
             shift -= SLOTS_SHIFT;
             // SAFETY: as in `lookup`.
@@ -312,44 +320,44 @@ fn leaf_of(slot: &AtomicPtr<u8>) -> Result<&Leaf> {
     let mut target = slot.load(Ordering::Acquire);
     while target.is_null() || target == ZEROED {
         let words = if target.is_null() { 0 } else { ALL_ZERO };
-        target = grow(slot, target, Layout::new::<Leaf>(), |new| {
-            // SAFETY: `new` is a fresh allocation with the layout of a leaf, all
-            // zero bytes, which is a valid leaf; nobody else has seen it.
-            for word in unsafe { &mut (*new.cast::<Leaf>()).0 } {
-                *word.get_mut() = words;
-            }
-        })?;
+        target = grow(slot, target, || Leaf::new(words))?;
     }
     // SAFETY: as in `lookup`.
     Ok(unsafe { &*target.cast::<Leaf>() })
 }
 
-/// Puts a fresh allocation of zero bytes, finished by `init`, into `slot` in
-/// place of `old`. Returns what the slot holds then: if somebody else was faster,
-/// that is theirs.
-fn grow(
-    slot: &AtomicPtr<u8>,
-    old: *mut u8,
-    layout: Layout,
-    init: impl FnOnce(*mut u8),
-) -> Result<*mut u8> {
-    // SAFETY: the layout is that of a leaf or a node, and their size is not zero.
-    let new = unsafe { alloc::alloc_zeroed(layout) };
+/// Puts what `make` makes into `slot` in place of `old`. Returns what the slot
+/// holds then: if somebody else was faster, that is theirs.
+fn grow<T>(slot: &AtomicPtr<u8>, old: *mut u8, make: impl FnOnce() -> T) -> Result<*mut u8> {
+    // Not `Box::new`, which ends the process where there is no memory.
+    // SAFETY: neither a leaf nor a node has size zero.
+    let new = unsafe { alloc::alloc(Layout::new::<T>()) }.cast::<T>();
     if new.is_null() {
         return Err(Error::no_memory("no memory for the block map"));
     }
-    init(new);
-    match slot.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
-        Ok(_) => Ok(new),
+    // SAFETY: allocated with the layout of `T`, and nobody else has seen it.
+    unsafe { new.write(make()) };
+    match slot.compare_exchange(old, new.cast(), Ordering::AcqRel, Ordering::Acquire) {
+        Ok(_) => Ok(new.cast()),
         Err(present) => {
-            // SAFETY: allocated above with this layout, and never shared.
-            unsafe { alloc::dealloc(new, layout) };
+            // SAFETY: allocated and written above, and never shared.
+            drop(unsafe { Box::from_raw(new) });
             Ok(present)
         }
     }
 }
 
+impl Node {
+    fn new() -> Self {
+        Node(array::from_fn(|_| AtomicPtr::new(ptr::null_mut())))
+    }
+}
+
 impl Leaf {
+    fn new(word: u64) -> Self {
+        Leaf(array::from_fn(|_| AtomicU64::new(word)))
+    }
+
     fn word(&self, block: u64) -> &AtomicU64 {
         &self.0[(block / BLOCKS_PER_WORD % WORDS_PER_LEAF) as usize]
     }
@@ -403,7 +411,7 @@ impl Leaf {
 
 impl Drop for BlockMap {
     fn drop(&mut self) {
-        free(*self.root.get_mut(), self.levels);
+        free(self.root.load(Ordering::Acquire), self.levels);
     }
 }
 
@@ -413,18 +421,16 @@ fn free(target: *mut u8, levels: u32) {
         return;
     }
     if levels == 0 {
-        // SAFETY: a leaf that `grow` made with this layout; the map is being
-        // dropped, so nobody else can reach it.
-        unsafe { alloc::dealloc(target, Layout::new::<Leaf>()) };
+        // SAFETY: a leaf that `grow` made; the map is being dropped, so nobody
+        // else can reach it.
+        drop(unsafe { Box::from_raw(target.cast::<Leaf>()) });
         return;
     }
-    // SAFETY: a node that `grow` made; the map is being dropped.
-    let node = unsafe { &mut *target.cast::<Node>() };
-    for slot in &mut node.0 {
-        free(*slot.get_mut(), levels - 1);
+    // SAFETY: as for the leaf, a node.
+    let node = unsafe { Box::from_raw(target.cast::<Node>()) };
+    for slot in &node.0 {
+        free(slot.load(Ordering::Acquire), levels - 1);
     }
-    // SAFETY: as for the leaf.
-    unsafe { alloc::dealloc(target, Layout::new::<Node>()) };
 }
 
 #[cfg(test)]

@@ -14,18 +14,18 @@
 //! request (a call to the plugin above all) is done while one is held.
 
 use std::ops::Range;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::PoisonError;
 
 use arrayvec::ArrayVec;
 
 use crate::block::{BlockNum, BlockSize};
+use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-const STRIPES: usize = 64;
+const STRIPES: usize = if cfg!(loom) { 2 } else { 64 };
 const AREA: u64 = 1 << 20;
 
 /// A lock on a cache line of its own, so that takers of neighbouring stripes
 /// don't slow each other down.
-#[derive(Default)]
 #[repr(align(64))]
 struct Stripe(RwLock<()>);
 
@@ -44,7 +44,7 @@ pub struct Held<G> {
 impl Stripes {
     pub fn new(block_size: BlockSize) -> Self {
         Stripes {
-            stripes: std::array::from_fn(|_| Stripe::default()),
+            stripes: std::array::from_fn(|_| Stripe(RwLock::new(()))),
             area_shift: (AREA / block_size.bytes()).max(1).trailing_zeros(),
         }
     }

@@ -1,0 +1,15 @@
+//! The primitives of the parallel code: those of `std`, or, in a build with
+//! `--cfg loom`, those of the model checker, which tries every order in which
+//! threads may take their steps (`tests/loom`).
+
+#[cfg(not(loom))]
+pub use std::sync::{
+    RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicPtr, AtomicU64, Ordering},
+};
+
+#[cfg(loom)]
+pub use loom::sync::{
+    RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicPtr, AtomicU64, Ordering},
+};
