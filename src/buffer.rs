@@ -13,6 +13,14 @@ pub fn buffer(len: u64) -> Result<Vec<u8>> {
     Ok(buffer)
 }
 
+/// Appends to a list that may become long; ENOMEM, not an abort, as above.
+pub fn push<T>(list: &mut Vec<T>, item: T) -> Result<()> {
+    list.try_reserve(1)
+        .map_err(|_| Error::no_memory(format!("no memory for a list of {}", list.len() + 1)))?;
+    list.push(item);
+    Ok(())
+}
+
 /// Whether all of `bytes` are zero. Stops at the first word that is not.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let words = bytes.chunks_exact(16);

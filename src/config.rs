@@ -130,8 +130,11 @@ fn boolean(value: &str) -> Option<bool> {
 
 /// A size in bytes, spelled as for `nbdkit_parse_size`, nbdkit-plugin(3): a whole
 /// number and at most one letter, `b` for bytes, `s` for 512-byte sectors, and
-/// `k m g t p e` in either case for powers of 1024.
+/// `k m g t p e` in either case for powers of 1024. As there, white space and a
+/// plus sign may stand before it.
 fn parse_size(value: &str) -> Option<u64> {
+    let value = value.trim_start();
+    let value = value.strip_prefix('+').unwrap_or(value);
     let letter = value.find(|c: char| !c.is_ascii_digit());
     let (number, unit) = value.split_at(letter.unwrap_or(value.len()));
     let unit: u64 = match unit.to_ascii_lowercase().as_str() {
@@ -176,6 +179,8 @@ mod tests {
         for (text, bytes) in [
             ("512", 512),
             ("4096b", 4096),
+            ("+4096", 4096),
+            (" 4096", 4096),
             ("8s", 4096),
             ("64K", 65536),
             ("64k", 65536),
@@ -198,8 +203,9 @@ mod tests {
             "3000",
             "4G",
             "-1",
-            "+4096",
-            " 4096",
+            "++4096",
+            "+",
+            "4096 ",
             "abc",
             "4KB",
             "K",

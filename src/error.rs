@@ -62,9 +62,31 @@ impl Error {
         self
     }
 
-    /// The errno for the client; always positive.
+    /// The errno; always positive.
     pub fn errno(&self) -> i32 {
         self.errno
+    }
+
+    /// The errno to give to nbdkit. NBD has few error codes, and nbdkit makes EINVAL
+    /// of all other errnos, which tells the client that its request was wrong. What
+    /// the overlay's file system can say beside them (EMFILE, EACCES, ...) is no
+    /// fault of the client's: EIO. What the layer below said passes as it is.
+    pub fn client_errno(&self) -> i32 {
+        match self.errno {
+            errno if self.reported => errno,
+            libc::EPERM
+            | libc::EROFS
+            | libc::EIO
+            | libc::ENOMEM
+            | libc::EINVAL
+            | libc::ENOSPC
+            | libc::EDQUOT
+            | libc::EFBIG
+            | libc::EOVERFLOW
+            | libc::ENOTSUP
+            | libc::ESHUTDOWN => self.errno,
+            _ => libc::EIO,
+        }
     }
 
     /// Whether the layer below has already written its own message.
@@ -130,6 +152,20 @@ mod tests {
             Error::io(io::Error::other("no errno in here"), "x").errno(),
             libc::EIO
         );
+    }
+
+    #[test]
+    fn the_client_is_not_blamed_for_what_the_system_lacks() {
+        for (errno, told) in [
+            (libc::EMFILE, libc::EIO),
+            (libc::EACCES, libc::EIO),
+            (libc::ENOSPC, libc::ENOSPC),
+            (libc::EINVAL, libc::EINVAL),
+            (libc::ENOTSUP, libc::ENOTSUP),
+        ] {
+            assert_eq!(Error::new(errno, "x").client_errno(), told);
+            assert_eq!(Error::from_below(errno, "x").client_errno(), errno);
+        }
     }
 
     #[test]

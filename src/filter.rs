@@ -5,7 +5,7 @@
 //! chosen an export; then that connection's requests, in parallel, until it is
 //! dropped.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::sync::Arc;
 
 use crate::base::{Base, Extent};
@@ -56,12 +56,15 @@ impl Filter {
     }
 
     /// Looks at the directory again if nbdkit has become another user (`-u`)
-    /// since [`Filter::new`]: that user must be able to make files in it too.
-    pub fn recheck(&self) -> Result<()> {
-        if nix::unistd::geteuid() != self.user {
-            Directory::open(self.directory.path())?;
+    /// since [`Filter::new`]. One overlay file is there already and will do for
+    /// most, so that this user can make no others is only worth a warning.
+    pub fn recheck(&self) {
+        if nix::unistd::geteuid() == self.user {
+            return;
         }
-        Ok(())
+        if let Err(e) = Directory::open(self.directory.path()) {
+            log::warn!("only one overlay file can be had: as the user that nbdkit is now, {e}");
+        }
     }
 
     /// A connection to `export`, whose base has `size` bytes.
@@ -74,6 +77,7 @@ impl Filter {
         })?;
         Ok(Connection {
             filter: self,
+            export: export.to_owned(),
             overlay,
         })
     }
@@ -82,6 +86,7 @@ impl Filter {
 /// A client's connection to an export.
 pub struct Connection<'a> {
     filter: &'a Filter,
+    export: CString,
     overlay: Arc<Overlay<TemporaryStore>>,
 }
 
@@ -144,6 +149,12 @@ impl Connection<'_> {
     ) -> Result<Vec<Extent>> {
         log::trace!("request: extents of {len} bytes at {offset}, only_first={only_first}");
         self.overlay.extents(base, offset, len, only_first)
+    }
+}
+
+impl Drop for Connection<'_> {
+    fn drop(&mut self) {
+        self.filter.scope.leave(&self.export, &self.overlay);
     }
 }
 

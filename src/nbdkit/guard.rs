@@ -26,7 +26,7 @@ pub fn outcome<T>(
             } else {
                 report(&e.to_string());
             }
-            Err(e.errno())
+            Err(e.client_errno())
         }
         Err(payload) => {
             // The panic hook has written the message. The payload is not dropped:
@@ -57,6 +57,12 @@ mod tests {
     fn a_failure_gives_its_errno_and_its_message() {
         let (outcome, message) = reported(|| Err::<(), _>(Error::new(libc::ENOSPC, "no room")));
         assert_eq!((outcome, message.as_str()), (Err(libc::ENOSPC), "no room"));
+    }
+
+    #[test]
+    fn a_failure_that_nbd_has_no_code_for_is_eio() {
+        let (outcome, message) = reported(|| Err::<(), _>(Error::new(libc::EMFILE, "no file")));
+        assert_eq!((outcome, message.as_str()), (Err(libc::EIO), "no file"));
     }
 
     #[test]

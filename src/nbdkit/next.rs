@@ -6,7 +6,7 @@ use super::extents::ExtentList;
 use super::sys;
 use crate::base::{Allocation, Base, Extent};
 use crate::block::ByteRange;
-use crate::buffer::buffer;
+use crate::buffer::{buffer, push};
 use crate::error::{Error, Result};
 use crate::filter::Advice;
 
@@ -190,11 +190,13 @@ impl Base for NextBase<'_> {
 
     fn extents(&self, range: ByteRange, only_first: bool, list: &mut Vec<Extent>) -> Result<()> {
         if !self.capabilities.can_extents {
-            list.push(Extent {
-                bytes: range,
-                allocation: Allocation::DATA,
-            });
-            return Ok(());
+            return push(
+                list,
+                Extent {
+                    bytes: range,
+                    allocation: Allocation::DATA,
+                },
+            );
         }
         let mut answered = ExtentList::new(range)?;
         let flags = if only_first {
@@ -219,7 +221,6 @@ impl Base for NextBase<'_> {
                 range.start
             )
         })?;
-        list.extend(answered.iter());
-        Ok(())
+        answered.iter().try_for_each(|extent| push(list, extent))
     }
 }

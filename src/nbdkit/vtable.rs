@@ -150,12 +150,12 @@ callback! { plain get_ready(_thread_model: c_int) -> c_int, or -1, {
 } }
 
 callback! { plain after_fork(_backend: *mut sys::nbdkit_backend) -> c_int, or -1, {
-    filter()?.recheck()?;
+    filter()?.recheck();
     Ok(0)
 } }
 
-/// The parameter that *thread_model* has since nbdkit 1.44 or so, and had not
-/// before: the model of the layer below. Which of the two the installed header
+/// The parameter that *thread_model* has in newer headers, and has not in
+/// older ones: the model of the layer below. Which of the two the installed header
 /// wants is found by the type of the field.
 trait ThreadModel {
     const CALLBACK: Self;

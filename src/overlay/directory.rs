@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{self, Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -37,6 +38,9 @@ pub struct Directory {
     segment_size: u64,
     can_punch: bool,
     can_zero_range: bool,
+    /// The file that the directory was tried with: the first overlay file. So one
+    /// can be had even if nbdkit becomes a user (`-u`) who may not make any here.
+    spare: Mutex<Option<File>>,
 }
 
 impl Directory {
@@ -77,8 +81,11 @@ impl Directory {
             can_punch: can_punch(&file),
             can_zero_range: zero_range(&file, 0, 4096),
             segment_size: segment_size(&file, largest)?,
+            spare: Mutex::default(),
             path,
         };
+        // Nothing of the trial may be left in it.
+        file.set_len(0)?;
         log::debug!("overlay directory: {directory:?}");
         if !directory.can_punch {
             log::debug!(
@@ -86,12 +93,19 @@ impl Directory {
                 directory.path.display()
             );
         }
+        *directory.spare() = Some(file);
         Ok(directory)
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<File>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A new file without a name, mode 0600, close-on-exec, sparse, of `size` bytes.
     pub fn make_file(&self, size: u64) -> Result<File> {
-        unnamed_file(&self.path)
+        let spare = self.spare().take();
+        spare
+            .map_or_else(|| unnamed_file(&self.path), Ok)
             .and_then(|file| file.set_len(size).map(|()| file))
             .map_err(|e| {
                 Error::io(
@@ -137,7 +151,27 @@ impl Directory {
 fn unnamed_file(directory: &Path) -> io::Result<File> {
     let file = tempfile::tempfile_in(directory)?;
     file.set_permissions(Permissions::from_mode(0o600))?;
+    write_in_place(&file);
     Ok(file)
+}
+
+/// Asks the file system (btrfs) not to copy on write: what we have stored must not
+/// need new space to be overwritten, or a block could be left torn when there is
+/// none. It works on empty files only; where it does not, nothing is lost.
+fn write_in_place(file: &File) {
+    // FS_IOC_GETFLAGS, FS_IOC_SETFLAGS and FS_NOCOW_FL of `<linux/fs.h>`.
+    const GET: libc::c_ulong = nix::request_code_read!(b'f', 1, size_of::<libc::c_long>()) as _;
+    const SET: libc::c_ulong = nix::request_code_write!(b'f', 2, size_of::<libc::c_long>()) as _;
+    const NOCOW: libc::c_int = 0x0080_0000;
+    let mut flags: libc::c_int = 0;
+    // SAFETY: both requests take the address of an int (whatever size their number
+    // was made from), which is that of `flags`; the descriptor is open.
+    unsafe {
+        if libc::ioctl(file.as_raw_fd(), GET as _, &raw mut flags) == 0 {
+            flags |= NOCOW;
+            libc::ioctl(file.as_raw_fd(), SET as _, &raw const flags);
+        }
+    }
 }
 
 /// Fails if a file of which two bytes were written takes more than half of its size.
@@ -217,13 +251,17 @@ mod tests {
         let directory = Directory::open(dir.path()).expect("fit for overlays");
         assert!(directory.segment_size().is_power_of_two());
         assert!(directory.default_block_size().bytes() >= 4096);
-        let file = directory.make_file(1 << 30).expect("a file");
-        let metadata = file.metadata().expect("its metadata");
-        assert_eq!(metadata.len(), 1 << 30);
-        assert_eq!(metadata.mode() & 0o777, 0o600);
-        assert_eq!(metadata.nlink(), 0);
-        let flags = nix::fcntl::fcntl(file.as_fd(), nix::fcntl::FcntlArg::F_GETFD);
-        assert_eq!(flags.expect("its flags") & libc::FD_CLOEXEC, 1);
+        // The first is the one that was tried, the second a new one.
+        for _ in 0..2 {
+            let file = directory.make_file(1 << 30).expect("a file");
+            let metadata = file.metadata().expect("its metadata");
+            assert_eq!(metadata.len(), 1 << 30);
+            assert_eq!(metadata.blocks(), 0);
+            assert_eq!(metadata.mode() & 0o777, 0o600);
+            assert_eq!(metadata.nlink(), 0);
+            let flags = nix::fcntl::fcntl(file.as_fd(), nix::fcntl::FcntlArg::F_GETFD);
+            assert_eq!(flags.expect("its flags") & libc::FD_CLOEXEC, 1);
+        }
         assert_eq!(dir.path().read_dir().expect("readable").count(), 0);
     }
 

@@ -7,6 +7,7 @@
 use super::{Overlay, State, Store};
 use crate::base::{Allocation, Base, Extent};
 use crate::block::ByteRange;
+use crate::buffer::push;
 use crate::error::{Error, Result};
 
 /// A reply of more extents than this would be cut by nbdkit; the client asks
@@ -21,16 +22,16 @@ struct Reply {
 
 impl Reply {
     /// False once the reply is complete: `extent` and all after it are too much.
-    fn add(&mut self, extent: Extent) -> bool {
+    fn add(&mut self, extent: Extent) -> Result<bool> {
         let full = self.extents.len() == self.max;
         match self.extents.last_mut() {
             Some(last) if last.allocation == extent.allocation => {
                 last.bytes.end = extent.bytes.end;
             }
-            _ if full => return false,
-            _ => self.extents.push(extent),
+            _ if full => return Ok(false),
+            _ => push(&mut self.extents, extent)?,
         }
-        true
+        Ok(true)
     }
 }
 
@@ -60,11 +61,11 @@ impl<S: Store> Overlay<S> {
                 State::Data => reply.add(Extent {
                     bytes,
                     allocation: Allocation::DATA,
-                }),
+                })?,
                 State::Zero => reply.add(Extent {
                     bytes,
                     allocation: Allocation::HOLE,
-                }),
+                })?,
                 State::Base => below.add_to(&mut reply, bytes)?,
             };
             if !goes_on {
@@ -117,7 +118,7 @@ impl<'a, B: Base> Below<'a, B> {
             let goes_on = reply.add(Extent {
                 bytes: part,
                 allocation: known.allocation,
-            });
+            })?;
             if !goes_on {
                 return Ok(false);
             }

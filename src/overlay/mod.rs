@@ -62,7 +62,10 @@
 //! # When something fails
 //!
 //! A state is published only after the store has taken the bytes, so a block
-//! that could not be stored is what it was before.
+//! that could not be stored is what it was before. What the store did take of it
+//! is a stray: it takes space, nobody can read it, and the next discard of the
+//! block gives it back. (Not the failed write itself: it holds the stripe shared,
+//! and another may be writing to the same block.)
 
 mod directory;
 mod extents;
@@ -73,6 +76,7 @@ mod stripes;
 mod zero;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use directory::Directory;
 pub use map::State;
@@ -97,6 +101,9 @@ pub struct Overlay<S> {
     map: BlockMap,
     stripes: Stripes,
     store: S,
+    /// Set once a change of the store has failed: there may be bytes in it that
+    /// the map does not know of, and discards look for them from then on.
+    has_strays: AtomicBool,
 }
 
 /// What a partial write puts into its block.
@@ -118,12 +125,18 @@ impl<S: Store> Overlay<S> {
             map: BlockMap::new(block_size.count(size)),
             stripes: Stripes::new(block_size),
             store,
+            has_strays: AtomicBool::new(false),
         }
     }
 
     /// The disk's size in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Whether every block is *base*.
+    pub fn is_untouched(&self) -> bool {
+        self.map.is_untouched()
     }
 
     /// Where the bytes are kept.
@@ -251,7 +264,7 @@ impl<S: Store> Overlay<S> {
         }
         if matches!(new, New::Zeroes { may_trim: false }) {
             // The client wants the space: a block that is all zeroes is stored too.
-            self.store.write(&block_bytes, whole.start)?;
+            self.change(|store| store.write(&block_bytes, whole.start))?;
             return self.map.set_data(&blocks);
         }
         self.store_blocks(&blocks, &block_bytes)
@@ -260,7 +273,7 @@ impl<S: Store> Overlay<S> {
     /// Changes bytes of a *data* block. The caller holds its stripe, shared at least.
     fn modify_in_place(&self, bytes: ByteRange, new: New<'_>) -> Result<()> {
         match new {
-            New::Bytes(client) => self.store.write(client, bytes.start),
+            New::Bytes(client) => self.change(|store| store.write(client, bytes.start)),
             // Not a hole, though the client may allow it: a block that is *data* keeps
             // all of its space, so that a later write can't run out of it half way.
             New::Zeroes { .. } => self.write_zeroes(bytes),
@@ -284,8 +297,7 @@ impl<S: Store> Overlay<S> {
             let run = rest.start..end;
             if stored {
                 let part = self.bytes_of(&run);
-                self.store
-                    .write(&bytes[part.in_buffer(origin)], part.start)?;
+                self.change(|store| store.write(&bytes[part.in_buffer(origin)], part.start))?;
                 self.map.set_data(&run)?;
             } else {
                 self.map.set_zero_unless_data(&run)?;
@@ -352,6 +364,11 @@ impl<S: Store> Overlay<S> {
             self.fill(chunk, bytes)?;
         }
         Ok(())
+    }
+
+    /// Makes a change to the store, and remembers if it failed.
+    fn change<T>(&self, change: impl FnOnce(&S) -> Result<T>) -> Result<T> {
+        change(&self.store).inspect_err(|_| self.has_strays.store(true, Ordering::Relaxed))
     }
 
     fn bytes_of(&self, blocks: &Range<BlockNum>) -> ByteRange {

@@ -9,11 +9,13 @@
 //! The files have no name: nobody else can open them, and the system removes
 //! them when nbdkit ends, however it ends.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -43,63 +45,94 @@ pub trait Store: Send + Sync {
     fn can_zero_range(&self) -> bool;
 }
 
-/// Segments are found through two tables, so that the largest disk costs some
-/// kilobytes before anything is written to it.
-const SEGMENTS_PER_TABLE: u64 = 1024;
-
-type Table = Box<[OnceLock<File>]>;
+/// So many segments are found without a lock: 512 TiB of disk, where a file may
+/// have 8 TiB.
+const NEAR: u64 = 64;
 
 /// A store in files without a name.
 pub struct TemporaryStore {
     directory: Arc<Directory>,
     size: u64,
-    tables: Box<[OnceLock<Table>]>,
-    /// Taken to make a segment, so that two writers don't make the same one
-    /// twice. Innermost lock: nothing else is taken while it is held.
+    /// The first segments.
+    near: Box<[OnceLock<File>]>,
+    /// All others: a disk of 7 EiB has a million of 8 TiB, and under a small
+    /// `ulimit -f` far more, so there must be no place kept for each.
+    /// Innermost lock: nothing else is taken while it is held.
+    far: RwLock<BTreeMap<u64, Arc<File>>>,
+    /// Taken to make one of the first segments, so that two writers don't make
+    /// the same one twice. Innermost as well.
     making: Mutex<()>,
+}
+
+/// A segment that is there.
+enum Segment<'a> {
+    Near(&'a File),
+    Far(Arc<File>),
+}
+
+impl Deref for Segment<'_> {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        match self {
+            Segment::Near(file) => file,
+            Segment::Far(file) => file,
+        }
+    }
 }
 
 impl TemporaryStore {
     /// A store for a disk of `size` bytes; no file is made yet.
     pub fn new(directory: Arc<Directory>, size: u64) -> Self {
-        let tables = size
-            .div_ceil(directory.segment_size())
-            .div_ceil(SEGMENTS_PER_TABLE);
+        let near = size.div_ceil(directory.segment_size()).min(NEAR);
         TemporaryStore {
             directory,
             size,
-            tables: (0..tables).map(|_| OnceLock::new()).collect(),
+            near: (0..near).map(|_| OnceLock::new()).collect(),
+            far: RwLock::new(BTreeMap::new()),
             making: Mutex::new(()),
         }
     }
 
-    fn slot(&self, index: u64) -> Option<&OnceLock<File>> {
-        let table = self.tables[(index / SEGMENTS_PER_TABLE) as usize].get()?;
-        Some(&table[(index % SEGMENTS_PER_TABLE) as usize])
-    }
-
     /// The segment, or `None` if nothing was written to it.
-    fn present(&self, index: u64) -> Option<&File> {
-        self.slot(index)?.get()
+    fn present(&self, index: u64) -> Option<Segment<'_>> {
+        match self.near.get(index as usize) {
+            Some(slot) => slot.get().map(Segment::Near),
+            None => {
+                let far = self.far.read().unwrap_or_else(PoisonError::into_inner);
+                far.get(&index).map(|file| Segment::Far(Arc::clone(file)))
+            }
+        }
     }
 
-    fn present_or_new(&self, index: u64) -> Result<&File> {
-        if let Some(file) = self.present(index) {
-            return Ok(file);
+    fn present_or_new(&self, index: u64) -> Result<Segment<'_>> {
+        if let Some(segment) = self.present(index) {
+            return Ok(segment);
         }
-        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = &self.tables[(index / SEGMENTS_PER_TABLE) as usize]
-            .get_or_init(|| (0..SEGMENTS_PER_TABLE).map(|_| OnceLock::new()).collect())
-            [(index % SEGMENTS_PER_TABLE) as usize];
-        if let Some(file) = slot.get() {
-            return Ok(file);
+        if let Some(slot) = self.near.get(index as usize) {
+            let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+            return match slot.get() {
+                Some(file) => Ok(Segment::Near(file)),
+                None => {
+                    let file = self.make(index)?;
+                    Ok(Segment::Near(slot.get_or_init(|| file)))
+                }
+            };
         }
+        let mut far = self.far.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = far.get(&index) {
+            return Ok(Segment::Far(Arc::clone(file)));
+        }
+        let file = Arc::new(self.make(index)?);
+        far.insert(index, Arc::clone(&file));
+        Ok(Segment::Far(file))
+    }
+
+    fn make(&self, index: u64) -> Result<File> {
         let start = index * self.directory.segment_size();
-        let file = self
-            .directory
-            .make_file((self.size - start).min(self.directory.segment_size()))?;
-        log::debug!("made the overlay file for offset {start} on");
-        Ok(slot.get_or_init(|| file))
+        let len = (self.size - start).min(self.directory.segment_size());
+        log::debug!("makes the overlay file for {len} bytes from offset {start} on");
+        self.directory.make_file(len)
     }
 
     /// The parts of `range` that lie in one segment each: the segment's index,
@@ -186,7 +219,7 @@ impl Store for TemporaryStore {
         let mut done = true;
         for (index, at, part) in self.parts(range) {
             if let Some(file) = self.present(index) {
-                done &= self.fallocate(file, flags, at, part, "punching a hole in")?;
+                done &= self.fallocate(&file, flags, at, part, "punching a hole in")?;
             }
         }
         Ok(done)
@@ -200,7 +233,7 @@ impl Store for TemporaryStore {
         let mut done = true;
         for (index, at, part) in self.parts(range) {
             let file = self.present_or_new(index)?;
-            done &= self.fallocate(file, flags, at, part, "zeroing")?;
+            done &= self.fallocate(&file, flags, at, part, "zeroing")?;
         }
         Ok(done)
     }

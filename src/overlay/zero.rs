@@ -5,6 +5,7 @@
 //! stripes once for every MiB of a disk that has nothing stored.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use super::{New, Overlay, State, Store};
 use crate::base::Base;
@@ -41,19 +42,37 @@ impl Zeroing {
     }
 }
 
+/// More than this of one block is not zeroed in a moment: parts are written.
+const LARGE_PART: u64 = 1 << 20;
+
+fn is_large_part(piece: &Piece) -> bool {
+    matches!(piece, Piece::Partial { bytes, .. } if bytes.len() > LARGE_PART)
+}
+
+/// Whether an error says that there is no space.
+fn is_full(error: &Error) -> bool {
+    matches!(error.errno(), libc::ENOSPC | libc::EDQUOT)
+}
+
 impl<S: Store> Overlay<S> {
     /// Makes `len` bytes at `offset` read as zeroes.
     pub fn zero(&self, base: &impl Base, offset: u64, len: u64, how: Zeroing) -> Result<()> {
         let range = ByteRange::checked(offset, len, self.size)?;
         let must_be_fast = matches!(how, Zeroing::Zero { fast: true, .. });
+        let pieces = || self.block_size.pieces(range, self.size);
         if must_be_fast && !how.may_trim() && !self.store.can_zero_range() {
             return Err(Error::new(
                 libc::ENOTSUP,
                 "the overlay's file system can't zero a range fast and keep its space",
             ));
         }
+        if must_be_fast && pieces().any(|piece| is_large_part(&piece)) {
+            return Err(Error::new(
+                libc::ENOTSUP,
+                "a large part of a block can't be zeroed fast (cow-block-size)",
+            ));
+        }
         // Whole blocks first: on a full file system they make room for the others.
-        let pieces = || self.block_size.pieces(range, self.size);
         for piece in pieces() {
             if let Piece::Whole { blocks, .. } = piece {
                 self.zero_whole(blocks, how)?;
@@ -90,7 +109,7 @@ impl<S: Store> Overlay<S> {
         let may_trim = how.may_trim();
         match self.modify(base, block, bytes, New::Zeroes { may_trim }) {
             // Whoever trims because there is no space must not be stopped by that.
-            Err(e) if how == Zeroing::Trim && e.errno() == libc::ENOSPC => {
+            Err(e) if how == Zeroing::Trim && is_full(&e) => {
                 log::debug!("trim: {bytes:?} keep their old value: {e}");
                 Ok(())
             }
@@ -101,27 +120,36 @@ impl<S: Store> Overlay<S> {
     /// Makes `blocks` *zero* and gives their space back.
     fn discard(&self, blocks: Range<BlockNum>) -> Result<()> {
         let _held = self.stripes.exclusive(&blocks);
-        // One hole from the first to the last block that is stored: a hole over
-        // what is a hole already costs nothing, and a disk may be fragmented.
+        let hole = if self.has_strays.load(Ordering::Relaxed) {
+            Some(blocks.clone())
+        } else {
+            self.stored(&blocks)?
+        };
+        self.map.set_zero(&blocks)?;
+        if let Some(hole) = hole {
+            // Where there is no hole punching the map alone says it.
+            self.change(|store| store.punch(self.bytes_of(&hole)))?;
+        }
+        Ok(())
+    }
+
+    /// From the first to the last of `blocks` that is *data*: one hole for all of
+    /// them, since a disk may be fragmented, and a hole over a hole costs little.
+    fn stored(&self, blocks: &Range<BlockNum>) -> Result<Option<Range<BlockNum>>> {
         let mut stored: Option<Range<BlockNum>> = None;
         for run in self.map.runs(blocks.clone()) {
             if let (State::Data, run) = run? {
                 stored = Some(stored.map_or(run.start, |s| s.start)..run.end);
             }
         }
-        self.map.set_zero(&blocks)?;
-        if let Some(stored) = stored {
-            // Where there is no hole punching the map alone says it.
-            self.store.punch(self.bytes_of(&stored))?;
-        }
-        Ok(())
+        Ok(stored)
     }
 
     /// Makes `blocks` zeroes that take space.
     fn zero_and_keep(&self, blocks: Range<BlockNum>) -> Result<()> {
         let _held = self.stripes.shared(&blocks);
         let bytes = self.bytes_of(&blocks);
-        if !self.store.zero_range(bytes)? {
+        if !self.change(|store| store.zero_range(bytes))? {
             self.write_zeroes(bytes)?;
         }
         self.map.set_data(&blocks)
@@ -132,7 +160,7 @@ impl<S: Store> Overlay<S> {
         let mut at = bytes.start;
         while at < bytes.end {
             let len = (bytes.end - at).min(ZEROES.len() as u64);
-            self.store.write(&ZEROES[..len as usize], at)?;
+            self.change(|store| store.write(&ZEROES[..len as usize], at))?;
             at += len;
         }
         Ok(())

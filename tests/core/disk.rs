@@ -52,6 +52,12 @@ impl Gate {
         assert!(!timeout.timed_out(), "nobody opened the gate");
     }
 
+    /// Nobody but `count` threads is at the gate.
+    pub fn assert_waiting(&self, count: usize) {
+        let state = self.state.lock().expect("no test thread died");
+        assert_eq!(state.waiting, count, "threads at the gate");
+    }
+
     /// Returns once `count` threads wait at the gate: the interleaving that a
     /// test is about has happened then.
     pub fn wait_for(&self, count: usize) {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use nbdkit_cow_filter::error::Result;
 use nbdkit_cow_filter::overlay::{Overlay, State, Zeroing};
 
-use crate::disk::{BLOCK, TestBase, TestStore, read_all, test_disk};
+use crate::disk::{BLOCK, Call, TestBase, TestStore, block_size, read_all, test_disk};
 
 const SIZE: u64 = 6 * BLOCK + 1000;
 
@@ -181,10 +181,58 @@ fn a_trim_on_a_full_file_system_gives_back_what_it_can() {
 }
 
 #[test]
+fn a_discard_gives_back_what_a_failed_write_left_behind() {
+    let failing: [Request; 4] = [
+        |base, disk| disk.write(base, &[1; BLOCK as usize], BLOCK),
+        |base, disk| disk.write(base, &[1; 10], BLOCK + 7),
+        |base, disk| disk.zero(base, BLOCK, BLOCK, KEEP),
+        |base, disk| disk.cache(base, BLOCK, BLOCK, true),
+    ];
+    for request in failing {
+        let (base, disk) = test_disk(SIZE);
+        *disk.store().fail.lock().expect("no test thread died") = Some((0, libc::ENOSPC));
+        request(&base, &disk).expect_err("the store is full");
+        disk.store().forget_calls();
+        disk.zero(&base, 0, 3 * BLOCK, Zeroing::Trim)
+            .expect("a good trim");
+        assert_eq!(disk.store().calls(), [Call::Punch(0, 3 * BLOCK)]);
+    }
+}
+
+#[test]
+fn without_a_failure_only_what_is_stored_is_punched() {
+    let (base, disk) = test_disk(SIZE);
+    disk.write(&base, &[1; BLOCK as usize], BLOCK)
+        .expect("a good write");
+    disk.write(&base, &[1; BLOCK as usize], 3 * BLOCK)
+        .expect("a good write");
+    disk.store().forget_calls();
+    disk.zero(&base, 0, SIZE, Zeroing::Trim)
+        .expect("a good trim");
+    disk.zero(&base, 0, SIZE, Zeroing::Trim)
+        .expect("a good trim");
+    assert_eq!(disk.store().calls(), [Call::Punch(BLOCK, 4 * BLOCK)]);
+}
+
+#[test]
+fn a_large_part_of_a_block_is_not_zeroed_fast() {
+    let size = (16 << 20) + 1000;
+    let base = TestBase::new(size);
+    let disk = Overlay::new(size, block_size(8 << 20), TestStore::default());
+    let error = disk.zero(&base, 1, 2 << 20, DISCARD).expect_err("not fast");
+    assert_eq!(error.errno(), libc::ENOTSUP);
+    assert_eq!(base.read_calls(), []);
+    for (offset, len) in [(0, 8 << 20), (16 << 20, 1000), (1, 1000)] {
+        disk.zero(&base, offset, len, DISCARD)
+            .expect("whole blocks and small parts");
+    }
+}
+
+#[test]
 fn without_hole_punching_a_trim_changes_only_the_map() {
     let base = TestBase::new(SIZE);
     let store = TestStore::with(false, true);
-    let disk = Overlay::new(SIZE, crate::disk::block_size(BLOCK), store);
+    let disk = Overlay::new(SIZE, block_size(BLOCK), store);
     disk.write(&base, &vec![1; BLOCK as usize], 0)
         .expect("a good write");
     disk.store().forget_calls();
@@ -203,7 +251,7 @@ fn without_hole_punching_a_trim_changes_only_the_map() {
 fn a_fast_zero_that_would_have_to_be_written_is_refused_before_anything_changes() {
     let base = TestBase::new(SIZE);
     let store = TestStore::with(true, false);
-    let disk = Overlay::new(SIZE, crate::disk::block_size(BLOCK), store);
+    let disk = Overlay::new(SIZE, block_size(BLOCK), store);
     let how = Zeroing::Zero {
         may_trim: false,
         fast: true,

@@ -335,6 +335,93 @@ const SLOT: u64 = 64;
 const WRITERS: u64 = 4;
 const SHARED_SIZE: u64 = (1 << 20) + 100;
 
+/// Requests that write to the store while they have the block alone: they bring
+/// bytes that their client did not send.
+fn fills_in_the_store() -> [(&'static str, Fill); 3] {
+    [
+        ("a partial write", |base, disk| {
+            disk.write(base, b"first", START + 10)
+                .expect("a good write");
+        }),
+        ("cow-on-read", |base, disk| {
+            disk.read(base, &mut [0; 10], START + 500, true)
+                .expect("a good read");
+        }),
+        ("cow-on-cache", |base, disk| {
+            disk.cache(base, START, 1, true).expect("a good cache");
+        }),
+    ]
+}
+
+#[test]
+fn nothing_else_is_written_to_a_block_while_a_fill_writes_to_it() {
+    // A fill that has looked at the state and is writing what it found would
+    // overwrite whatever came in between.
+    let others: [(&str, Fill); 4] = [
+        ("a whole write", |base, disk| {
+            disk.write(base, &[7; BLOCK as usize], START)
+                .expect("a good write");
+        }),
+        ("a partial write", |base, disk| {
+            disk.write(base, &[7; 100], START + 4000)
+                .expect("a good write");
+        }),
+        ("zeroes that keep their space", |base, disk| {
+            disk.zero(base, START, BLOCK, KEEP).expect("a good zero");
+        }),
+        ("a trim", |base, disk| {
+            disk.zero(base, START, BLOCK, Zeroing::Trim)
+                .expect("a good trim");
+        }),
+    ];
+    for (name, fill) in fills_in_the_store() {
+        for (other_name, other) in others {
+            let (base, disk) = test_disk(SIZE);
+            disk.store().write_gate.close();
+            thread::scope(|scope| {
+                let fill = scope.spawn(|| fill(&base, &disk));
+                disk.store().write_gate.wait_for(1);
+                let changes = disk.store().changes();
+                let other = scope.spawn(|| other(&base, &disk));
+                thread::sleep(TEMPTATION);
+                assert!(!other.is_finished(), "{other_name} went on beside {name}");
+                disk.store().write_gate.assert_waiting(1);
+                assert_eq!(disk.store().changes(), changes);
+                disk.store().write_gate.open();
+                fill.join().expect("no panic");
+                other.join().expect("no panic");
+            });
+            let block = &read_all(&base, &disk)[START as usize..(START + BLOCK) as usize];
+            // The other came last, so all of its bytes are there.
+            let range = 4000..4100;
+            let expected = match other_name {
+                "a whole write" | "a partial write" => [7; 100],
+                _ => [0; 100],
+            };
+            assert_eq!(block[range], expected, "{other_name} after {name}");
+        }
+    }
+}
+
+#[test]
+fn zeroes_that_keep_their_space_wait_for_a_trim() {
+    let (base, disk) = test_disk(SIZE);
+    disk.write(&base, &[1; BLOCK as usize], START)
+        .expect("a good write");
+    disk.store().punch_gate.close();
+    thread::scope(|scope| {
+        let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::Trim));
+        disk.store().punch_gate.wait_for(1);
+        let zero = scope.spawn(|| disk.zero(&base, START, BLOCK, KEEP));
+        thread::sleep(TEMPTATION);
+        assert!(!zero.is_finished(), "its space would be punched out");
+        disk.store().punch_gate.open();
+        trim.join().expect("no panic").expect("a good trim");
+        zero.join().expect("no panic").expect("a good zero");
+    });
+    assert_eq!(disk.state_at(START).expect("in range"), State::Data);
+}
+
 /// Fills all of the disk, again and again, until it is told to stop.
 fn keep_filling(
     overlay: &Overlay<TemporaryStore>,

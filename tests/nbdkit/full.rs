@@ -156,3 +156,28 @@ fn a_read_that_can_not_be_kept_still_reads() {
         "for _ in range(2): same(read(h), open(ARGS[0], 'rb').read())",
     );
 }
+
+/// What a failed write has stored before it failed is nobody's: a trim of the same
+/// place gives it back.
+#[test]
+fn the_space_that_a_failed_write_took_comes_back() {
+    let mount = Mount::tmpfs("40M");
+    let server = Setup::new()
+        .tmpdir(mount.path())
+        .start(&["null", "size=1G"]);
+    server.nbdsh(
+        r#"
+        h.pwrite(noise(20 * M, 1), 0)
+        try:
+            h.pwrite(noise(30 * M, 2), 32 * M)
+            raise AssertionError("30M went where 20M are free")
+        except nbd.Error as error:
+            assert error.errno == "ENOSPC", error
+        same(h.pread(30 * M, 32 * M), bytes(30 * M))
+        h.trim(30 * M, 32 * M)
+        h.pwrite(noise(15 * M, 3), 100 * M)
+        same(h.pread(20 * M, 0), noise(20 * M, 1))
+        same(h.pread(15 * M, 100 * M), noise(15 * M, 3))
+        "#,
+    );
+}
