@@ -5,3 +5,4 @@
 need_cargo
 cd -- "$root"
 cargo test --no-fail-fast
+packaging/model-check.sh

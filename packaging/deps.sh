@@ -41,6 +41,7 @@ libnbd-bin         check  nbdfuse
 python3            check  python3
 python3-libnbd     check  have_module nbd
 fio                check  fio
+patch              check  patch
 fuse3              check  fusermount3
 xfsprogs           check  mkfs.xfs
 btrfs-progs        check  mkfs.btrfs
