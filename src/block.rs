@@ -168,37 +168,28 @@ impl Iterator for Pieces {
         if self.rest.is_empty() {
             return None;
         }
-        let start = self.rest.start;
+        let ByteRange { start, end } = self.rest;
         let mask = self.block_size.bytes() - 1;
-        let first = self.block_size.block_of(start);
-        let whole_end = if self.rest.end == self.size {
-            self.size
-        } else {
-            self.rest.end & !mask
-        };
-        let piece = if start & mask == 0 && whole_end > start {
+        let block = self.block_size.block_of(start);
+        // The short last block is whole if it is covered to the end of the disk.
+        let whole_end = if end == self.size { end } else { end & !mask };
+        if start & mask == 0 && whole_end > start {
+            self.rest.start = whole_end;
             let bytes = ByteRange {
                 start,
                 end: whole_end,
             };
-            Piece::Whole {
+            return Some(Piece::Whole {
                 blocks: self.block_size.touched_by(bytes),
                 bytes,
-            }
-        } else {
-            let block_end = self.block_size.start_of(first) + self.block_size.bytes();
-            Piece::Partial {
-                block: first,
-                bytes: ByteRange {
-                    start,
-                    end: self.rest.end.min(block_end),
-                },
-            }
+            });
+        }
+        let bytes = ByteRange {
+            start,
+            end: end.min((start | mask) + 1),
         };
-        self.rest.start = match &piece {
-            Piece::Partial { bytes, .. } | Piece::Whole { bytes, .. } => bytes.end,
-        };
-        Some(piece)
+        self.rest.start = bytes.end;
+        Some(Piece::Partial { block, bytes })
     }
 }
 

@@ -119,7 +119,7 @@ impl BlockMap {
     /// The state of `block`. EINVAL if there is no such block.
     pub fn state(&self, block: BlockNum) -> Result<State> {
         self.check(&(block..block.next()))?;
-        Ok(self.state_unchecked(block.0))
+        Ok(self.run_in_slot(block.0, block.0 + 1).0)
     }
 
     /// The longest run of blocks that starts at the first of `blocks`, ends no
@@ -130,31 +130,33 @@ impl BlockMap {
     /// others change meanwhile may be seen before or after the change.
     pub fn run(&self, blocks: &Range<BlockNum>) -> Result<(State, BlockNum)> {
         self.check(blocks)?;
-        let (mut at, end) = (blocks.start.0, blocks.end.0);
-        let state = self.state_unchecked(at);
-        while at < end {
-            let (slot, slot_end) = self.lookup(at);
-            let whole = match slot {
-                Slot::Untouched => Some(State::Base),
-                Slot::Zeroed => Some(State::Zero),
-                Slot::Leaf(leaf) => {
-                    let limit = end.min(slot_end);
-                    at = leaf.run_end(at, limit, state);
-                    if at < limit {
-                        break;
-                    }
-                    None
-                }
-            };
-            match whole {
-                Some(other) if other != state => break,
-                Some(_) => at = slot_end,
-                None => {}
+        let (state, mut at) = self.run_in_slot(blocks.start.0, blocks.end.0);
+        // A run that fills its slot may go on in the next.
+        while at < blocks.end.0 && self.starts_slot(at) {
+            let (next_state, end) = self.run_in_slot(at, blocks.end.0);
+            if next_state != state {
+                break;
             }
+            at = end;
         }
-        // The first block may have changed between the two looks at it; it was in
-        // `state` at the first, and a run is never empty.
-        Ok((state, BlockNum(at.clamp(blocks.start.0 + 1, end))))
+        Ok((state, BlockNum(at)))
+    }
+
+    /// The state of block `at`, and the end of the run that starts there, at most
+    /// `end` and within what one slot is in charge of.
+    fn run_in_slot(&self, at: u64, end: u64) -> (State, u64) {
+        let (slot, slot_end) = self.lookup(at);
+        let end = end.min(slot_end);
+        match slot {
+            Slot::Untouched => (State::Base, end),
+            Slot::Zeroed => (State::Zero, end),
+            Slot::Leaf(leaf) => leaf.run(at, end),
+        }
+    }
+
+    /// Whether a leaf, or a part of the tree that has none, may begin at block `at`.
+    fn starts_slot(&self, at: u64) -> bool {
+        at % BLOCKS_PER_LEAF == 0
     }
 
     /// The runs of `blocks`, one after the other: see [`BlockMap::run`].
@@ -210,24 +212,6 @@ impl BlockMap {
         ))
     }
 
-    fn state_unchecked(&self, block: u64) -> State {
-        match self.lookup(block).0 {
-            Slot::Untouched => State::Base,
-            Slot::Zeroed => State::Zero,
-            Slot::Leaf(leaf) => {
-                let word = leaf.word(block).load(Ordering::Acquire);
-                let bit = block % BLOCKS_PER_WORD;
-                if word >> bit & 1 != 0 {
-                    State::Data
-                } else if word >> (bit + BLOCKS_PER_WORD) & 1 != 0 {
-                    State::Zero
-                } else {
-                    State::Base
-                }
-            }
-        }
-    }
-
     /// The slot that is in charge of `block`, and the first block after those
     /// that the slot is in charge of (a missing node is in charge of much).
     fn lookup(&self, block: u64) -> (Slot<'_>, u64) {
@@ -271,13 +255,16 @@ impl BlockMap {
         self.check(blocks)?;
         let (mut at, end) = (blocks.start.0, blocks.end.0);
         while at < end {
-            let leaf_end = (at / BLOCKS_PER_LEAF + 1) * BLOCKS_PER_LEAF;
-            let covers_leaf = at % BLOCKS_PER_LEAF == 0 && (end >= leaf_end || end == self.blocks);
             let slot = self.leaf_slot(at)?;
+            let leaf_end = (at / BLOCKS_PER_LEAF + 1) * BLOCKS_PER_LEAF;
             let limit = end.min(leaf_end);
-            match whole_leaf.filter(|_| covers_leaf) {
-                Some(mark) if mark_slot(slot, mark) => {}
-                _ => leaf_of(slot)?.update(at, limit, &f),
+            let is_marked = whole_leaf.is_some_and(|mark| {
+                at % BLOCKS_PER_LEAF == 0
+                    && (limit == leaf_end || limit == self.blocks)
+                    && mark_slot(slot, mark)
+            });
+            if !is_marked {
+                leaf_of(slot)?.update(at, limit, &f);
             }
             at = limit;
         }
@@ -319,11 +306,16 @@ fn mark_slot(slot: &AtomicPtr<u8>, mark: *mut u8) -> bool {
 fn leaf_of(slot: &AtomicPtr<u8>) -> Result<&Leaf> {
     let mut target = slot.load(Ordering::Acquire);
     while target.is_null() || target == ZEROED {
-        let words = if target.is_null() { 0 } else { ALL_ZERO };
-        target = grow(slot, target, || Leaf::new(words))?;
+        target = grow_leaf(slot, target)?;
     }
     // SAFETY: as in `lookup`.
     Ok(unsafe { &*target.cast::<Leaf>() })
+}
+
+#[cold]
+fn grow_leaf(slot: &AtomicPtr<u8>, old: *mut u8) -> Result<*mut u8> {
+    let word = if old.is_null() { 0 } else { ALL_ZERO };
+    grow(slot, old, || Leaf::new(word))
 }
 
 /// Puts what `make` makes into `slot` in place of `old`. Returns what the slot
@@ -353,6 +345,28 @@ impl Node {
     }
 }
 
+/// The state of the block with number `bit` in a word.
+fn state_in(word: u64, bit: u64) -> State {
+    if word >> bit & 1 != 0 {
+        State::Data
+    } else if word >> (bit + BLOCKS_PER_WORD) & 1 != 0 {
+        State::Zero
+    } else {
+        State::Base
+    }
+}
+
+/// How many blocks of a word, from the one with number `bit` on, are in `state`.
+fn same_from(word: u64, bit: u64, state: State) -> u64 {
+    let (data, zero) = (word as u32, (word >> BLOCKS_PER_WORD) as u32);
+    let same = match state {
+        State::Base => !(data | zero),
+        State::Data => data,
+        State::Zero => zero,
+    };
+    u64::from((same >> bit).trailing_ones()).min(BLOCKS_PER_WORD - bit)
+}
+
 impl Leaf {
     fn new(word: u64) -> Self {
         Leaf(array::from_fn(|_| AtomicU64::new(word)))
@@ -362,25 +376,20 @@ impl Leaf {
         &self.0[(block / BLOCKS_PER_WORD % WORDS_PER_LEAF) as usize]
     }
 
-    /// The end of the run of blocks in `state` that starts at `at`, at most `limit`.
-    fn run_end(&self, mut at: u64, limit: u64, state: State) -> u64 {
-        while at < limit {
-            let word = self.word(at).load(Ordering::Acquire);
-            let (data, zero) = (word as u32, (word >> BLOCKS_PER_WORD) as u32);
-            let same = match state {
-                State::Base => !(data | zero),
-                State::Data => data,
-                State::Zero => zero,
-            };
-            let bit = at % BLOCKS_PER_WORD;
-            let left = BLOCKS_PER_WORD - bit;
-            let run = u64::from((same >> bit).trailing_ones()).min(left);
-            at += run;
-            if run < left {
+    /// The state of block `at`, and the end of the run that starts there, at most `end`.
+    fn run(&self, at: u64, end: u64) -> (State, u64) {
+        let word = self.word(at).load(Ordering::Acquire);
+        let bit = at % BLOCKS_PER_WORD;
+        let state = state_in(word, bit);
+        let mut at = at + same_from(word, bit, state);
+        while at < end && at % BLOCKS_PER_WORD == 0 {
+            let same = same_from(self.word(at).load(Ordering::Acquire), 0, state);
+            at += same;
+            if same == 0 {
                 break;
             }
         }
-        at.min(limit)
+        (state, at.min(end))
     }
 
     fn update(&self, mut at: u64, end: u64, f: impl Fn(u64, u64) -> u64) {
@@ -390,18 +399,17 @@ impl Leaf {
             let mask = ((1 << count) - 1) << bit;
             let word = self.word(at);
             let mut old = word.load(Ordering::Relaxed);
+            let mut new = f(old, mask);
             // A sweep over blocks that are right already, the common case when a
             // disk is written twice, must not take the cache line from readers.
-            while f(old, mask) != old {
+            while new != old {
                 // Release: invariant 3.
-                match word.compare_exchange_weak(
-                    old,
-                    f(old, mask),
-                    Ordering::Release,
-                    Ordering::Relaxed,
-                ) {
+                match word.compare_exchange_weak(old, new, Ordering::Release, Ordering::Relaxed) {
                     Ok(_) => break,
-                    Err(present) => old = present,
+                    Err(present) => {
+                        old = present;
+                        new = f(old, mask);
+                    }
                 }
             }
             at += count;

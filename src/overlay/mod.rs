@@ -157,7 +157,9 @@ impl<S: Store> Overlay<S> {
         for run in self.map.runs(self.block_size.touched_by(range)) {
             let (state, blocks) = run?;
             let part = self.bytes_of(&blocks).clamp_to(range);
-            log::trace!("read {part:?}: {state:?}");
+            if log::log_enabled!(log::Level::Trace) {
+                trace_read(part, state);
+            }
             let piece = &mut buf[part.in_buffer(offset)];
             match state {
                 State::Zero => piece.fill(0),
@@ -191,7 +193,9 @@ impl<S: Store> Overlay<S> {
     pub fn write(&self, base: &impl Base, buf: &[u8], offset: u64) -> Result<()> {
         let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
         for piece in self.block_size.pieces(range, self.size) {
-            log::trace!("write {piece:?}");
+            if log::log_enabled!(log::Level::Trace) {
+                trace_write(piece.clone());
+            }
             match piece {
                 Piece::Partial { block, bytes } => {
                     self.modify(
@@ -287,14 +291,14 @@ impl<S: Store> Overlay<S> {
     /// a word a block where there is data.
     fn store_blocks(&self, blocks: &Range<BlockNum>, bytes: &[u8]) -> Result<()> {
         let origin = self.block_size.start_of(blocks.start);
-        let mut rest = blocks.clone();
-        while rest.start < rest.end {
-            let stored = self.must_store(rest.start, bytes, origin)?;
-            let mut end = rest.start.next();
-            while end < rest.end && self.must_store(end, bytes, origin)? == stored {
+        let mut start = blocks.start;
+        while start < blocks.end {
+            let stored = self.must_store(start, bytes, origin)?;
+            let mut end = start.next();
+            while end < blocks.end && self.must_store(end, bytes, origin)? == stored {
                 end = end.next();
             }
-            let run = rest.start..end;
+            let run = start..end;
             if stored {
                 let part = self.bytes_of(&run);
                 self.change(|store| store.write(&bytes[part.in_buffer(origin)], part.start))?;
@@ -302,7 +306,7 @@ impl<S: Store> Overlay<S> {
             } else {
                 self.map.set_zero_unless_data(&run)?;
             }
-            rest.start = end;
+            start = end;
         }
         Ok(())
     }
@@ -374,4 +378,19 @@ impl<S: Store> Overlay<S> {
     fn bytes_of(&self, blocks: &Range<BlockNum>) -> ByteRange {
         self.block_size.bytes_of(blocks, self.size)
     }
+}
+
+// By value and out of line: a record that nobody sees must not make the request
+// keep in memory what it could have in registers.
+
+#[cold]
+#[inline(never)]
+fn trace_read(part: ByteRange, state: State) {
+    log::trace!("read {part:?}: {state:?}");
+}
+
+#[cold]
+#[inline(never)]
+fn trace_write(piece: Piece) {
+    log::trace!("write {piece:?}");
 }

@@ -16,8 +16,6 @@
 use std::ops::Range;
 use std::sync::PoisonError;
 
-use arrayvec::ArrayVec;
-
 use crate::block::{BlockNum, BlockSize};
 use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -37,8 +35,14 @@ pub struct Stripes {
 
 /// Held stripes; they are released when this is dropped.
 #[must_use]
-pub struct Held<G> {
-    _guards: ArrayVec<G, STRIPES>,
+pub enum Held<G> {
+    /// Nearly every request lies within one area, and must not pay for the others.
+    One {
+        _guard: G,
+    },
+    Several {
+        _guards: Vec<G>,
+    },
 }
 
 impl Stripes {
@@ -70,9 +74,14 @@ impl Stripes {
         blocks: &Range<BlockNum>,
         mut take: impl FnMut(&'a Stripe) -> G,
     ) -> Held<G> {
-        let mut guards = ArrayVec::new();
         let first = blocks.start.0 >> self.area_shift;
         let last = (blocks.end.0.max(blocks.start.0 + 1) - 1) >> self.area_shift;
+        if first == last {
+            return Held::One {
+                _guard: take(&self.stripes[index(first)]),
+            };
+        }
+        let mut guards = Vec::with_capacity(STRIPES);
         if last - first >= STRIPES as u64 - 1 {
             guards.extend(self.stripes.iter().map(take));
         } else {
@@ -86,7 +95,7 @@ impl Stripes {
                 guards.extend(self.stripes[first..].iter().map(take));
             }
         }
-        Held { _guards: guards }
+        Held::Several { _guards: guards }
     }
 
     /// The end of the area that holds `block`: whoever can do with one stripe at
