@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs what is missing: deps.sh [build|run|check]
+# Installs what is missing: deps.sh [build|run|check|bench]
 #
-# build: to build the filter; run: also for the demo; check: also for the tests.
+# build: to build the filter; run: also for the demo; check: also for the tests;
+# bench: for the benchmark, which needs little of what the tests do.
 # Without an argument as check, but does not insist on a Rust toolchain (for
 # "sudo make deps", where the toolchain is another user's).
 #
@@ -41,6 +42,7 @@ libnbd-bin         check  nbdfuse
 python3            check  python3
 python3-libnbd     check  have_module nbd
 fio                check  fio
+fio                bench  fio
 patch              check  patch
 fuse3              check  fusermount3
 xfsprogs           check  mkfs.xfs
@@ -51,6 +53,10 @@ strace             check  strace
 procps             check  pgrep
 xz-utils           check  xz
 shellcheck         check  shellcheck
+qemu-utils         bench  qemu-nbd
+libnbd-bin         bench  nbdcopy
+valgrind           bench  valgrind
+util-linux         bench  taskset
 TABLE
 }
 
@@ -59,7 +65,8 @@ wanted() {
     case $part in
     build) table | grep -E ' build ' ;;
     run) table | grep -E ' (build|run) ' ;;
-    check) table ;;
+    check) table | grep -Ev ' bench ' ;;
+    bench) table | grep -E ' (build|bench) ' ;;
     esac
 }
 
@@ -122,8 +129,8 @@ apt_get() {
 }
 
 case $part in
-build | run | check) ;;
-*) die "deps.sh: unknown part '$part': build, run or check" ;;
+build | run | check | bench) ;;
+*) die "deps.sh: unknown part '$part': build, run, check or bench" ;;
 esac
 if ! have apt-get || ! have dpkg-query; then
     list_only

@@ -1,0 +1,181 @@
+//! What depends on the size of the disk: start-up, memory, and zeroing or
+//! trimming all of it.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::nbd::Request;
+use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
+use super::systems::{Server, Setup, System, sparse};
+use super::workloads::scratch_in_memory;
+
+const MIB: f64 = (1 << 20) as f64;
+const SIZES: [(&str, u64); 4] = [
+    ("1G", 1 << 30),
+    ("1T", 1 << 40),
+    ("1P", 1 << 50),
+    ("7E", 7 << 60),
+];
+const WHOLE: u64 = 16 << 40;
+/// One request of a client that discards a whole disk.
+const STEP: u64 = 2 << 30;
+
+/// A start-up that takes less is measured three times.
+const LONG: Duration = Duration::from_millis(100);
+
+#[derive(Clone, Copy, PartialEq)]
+enum Discard {
+    Zero,
+    Trim,
+}
+
+pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
+    let scratch = scratch_in_memory()?;
+    let place = scratch.path();
+    let mut cells = Vec::new();
+    for (name, size) in SIZES {
+        let disk = place.join(name);
+        sparse(&disk, size)?;
+        cells.push(start_up(name, &disk, place));
+        cells.push(memory(name, &disk, place));
+    }
+    let whole = place.join("16T");
+    sparse(&whole, WHOLE)?;
+    let patience = Duration::from_secs(if effort.quick { 1 } else { 2 });
+    cells.push(discard(Discard::Zero, &whole, place, patience));
+    cells.push(discard(Discard::Trim, &whole, place, patience));
+    for cell in &mut cells {
+        cell.rounds = effort.rounds;
+    }
+    let mut rows = runner::run(cells);
+    rows.extend(left_behind(&whole, place)?);
+    Ok(rows)
+}
+
+fn amount<'a>(
+    id: String,
+    title: String,
+    unit: &'static str,
+    measure: impl FnMut(System) -> Measured + 'a,
+) -> Cell<'a> {
+    Cell {
+        id,
+        title,
+        kind: Kind::Amount(unit),
+        rounds: 1,
+        systems: System::ALL.to_vec(),
+        measure: Box::new(measure),
+    }
+}
+
+fn start_up<'a>(name: &str, disk: &Path, place: &'a Path) -> Cell<'a> {
+    let setup = Setup::disk(disk);
+    let title = format!("start-up, {name} disk");
+    amount(format!("start-{name}"), title, "ms", move |system| {
+        let mut times = Vec::new();
+        for _ in 0..3 {
+            let server = setup.start(system, place).map_err(Failure::Always)?;
+            times.push(server.start_up.as_secs_f64() * 1e3);
+            if server.start_up > LONG {
+                break;
+            }
+        }
+        Ok(Spread::of(times).expect("a time").median)
+    })
+}
+
+fn memory<'a>(name: &str, disk: &Path, place: &'a Path) -> Cell<'a> {
+    let setup = Setup::disk(disk);
+    let title = format!("memory with one client, untouched {name} disk");
+    amount(format!("memory-{name}"), title, "MiB", move |system| {
+        let server = setup.start(system, place).map_err(Failure::Always)?;
+        let mut client = server.client()?;
+        // A request, so that the connection is as far as it goes.
+        let request = Request::Read {
+            offset: 0,
+            length: 4096,
+        };
+        client
+            .all([request], 1)
+            .map_err(|error| error.to_string())?;
+        Ok(server.memory()? as f64 / MIB)
+    })
+}
+
+fn discard<'a>(kind: Discard, disk: &Path, place: &'a Path, patience: Duration) -> Cell<'a> {
+    let disk: PathBuf = disk.into();
+    let (id, title) = match kind {
+        Discard::Zero => ("zero-16T", "zero of a whole 16T disk"),
+        Discard::Trim => ("trim-16T", "trim of a whole 16T disk"),
+    };
+    amount(id.into(), title.into(), "s", move |system| {
+        // "No filter" is given a file of its own: it takes the space out of it.
+        let mut server = Setup::disk(&disk).written().start(system, place)?;
+        let time = discard_all(&mut server, kind, patience)?;
+        Ok(time.as_secs_f64())
+    })
+}
+
+fn discard_all(
+    server: &mut Server,
+    kind: Discard,
+    patience: Duration,
+) -> Result<Duration, Failure> {
+    let mut client = server.client()?;
+    let offered = match kind {
+        Discard::Zero => client.can_zero(),
+        Discard::Trim => client.can_trim(),
+    };
+    if !offered {
+        let reason = "does not offer such requests to its clients";
+        return Err(Failure::Always(reason.into()));
+    }
+    client.limit(patience);
+    let requests = (0..WHOLE / STEP).map(|index| {
+        let (offset, length) = (index * STEP, STEP as u32);
+        match kind {
+            Discard::Zero => Request::Zero { offset, length },
+            Discard::Trim => Request::Trim { offset, length },
+        }
+    });
+    let start = Instant::now();
+    match client.all(requests, 16) {
+        Ok(()) => Ok(start.elapsed()),
+        Err(error) if is_too_slow(&error) => Err(Failure::Always(format!(
+            "not done after {} s",
+            patience.as_secs()
+        ))),
+        Err(error) => Err(server.explain(error.to_string()).into()),
+    }
+}
+
+/// Also where no reply at all came for as long as the socket waits.
+fn is_too_slow(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{TimedOut, WouldBlock};
+    matches!(error.kind(), TimedOut | WouldBlock)
+}
+
+/// What a disk that was wholly zeroed and trimmed takes.
+fn left_behind(disk: &Path, place: &Path) -> Result<Vec<Row>, String> {
+    let (mut memory, mut space) = (0.0f64, 0.0f64);
+    for kind in [Discard::Zero, Discard::Trim] {
+        let mut server = Setup::disk(disk).start(System::Ours, place)?;
+        let before = server.memory()?;
+        if discard_all(&mut server, kind, Duration::from_secs(20)).is_err() {
+            return Ok(Vec::new());
+        }
+        let grown = server.memory()?.saturating_sub(before) as f64;
+        memory = memory.max(grown / MIB / 16.0);
+        space = space.max(server.overlay_bytes() as f64 / MIB);
+    }
+    let title = "memory for a disk wholly zeroed or trimmed in 2G requests, per TiB";
+    Ok(vec![
+        Row::single("memory-whole", title, "MiB", &[(System::Ours, memory)]),
+        Row::single(
+            "space-whole",
+            "space that the overlay takes after zero or trim of 16T",
+            "MiB",
+            &[(System::Ours, space)],
+        ),
+    ])
+}

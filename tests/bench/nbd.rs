@@ -1,0 +1,274 @@
+//! A small NBD client, for what must not be measured through a large one:
+//! nbdinfo and a libnbd in Python take longer over a map of millions of extents
+//! than the server does, and so would hide what the server costs.
+//!
+//! The protocol's names are those of the specification (doc/proto.md in
+//! NetworkBlockDevice/nbd). It speaks to servers that the benchmark started
+//! itself, so what is not as expected is an error, never a guess.
+
+use std::io::{self, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const IHAVEOPT: &[u8; 8] = b"IHAVEOPT";
+const OPT_GO: u32 = 7;
+const OPT_STRUCTURED_REPLY: u32 = 8;
+const OPT_SET_META_CONTEXT: u32 = 10;
+const REP_ACK: u32 = 1;
+const REP_INFO: u32 = 3;
+const REP_META_CONTEXT: u32 = 4;
+const REQUEST: u32 = 0x2560_9513;
+const SIMPLE_REPLY: u32 = 0x6744_6698;
+const STRUCTURED_REPLY: u32 = 0x668e_33ef;
+const CHUNK_DONE: u16 = 1;
+const CHUNK_BLOCK_STATUS: u16 = 5;
+const CHUNK_ERROR: u16 = 1 << 15;
+
+const CMD_READ: u16 = 0;
+const CMD_WRITE: u16 = 1;
+const CMD_TRIM: u16 = 4;
+const CMD_WRITE_ZEROES: u16 = 6;
+const CMD_BLOCK_STATUS: u16 = 7;
+
+/// What is asked with one request of up to 4 GiB.
+#[derive(Clone, Copy)]
+pub enum Request<'a> {
+    Read {
+        offset: u64,
+        length: u32,
+    },
+    Write {
+        offset: u64,
+        data: &'a [u8],
+    },
+    Trim {
+        offset: u64,
+        length: u32,
+    },
+    /// The space may be given back.
+    Zero {
+        offset: u64,
+        length: u32,
+    },
+}
+
+pub struct Client {
+    stream: UnixStream,
+    reader: BufReader<UnixStream>,
+    /// Of the disk, in bytes.
+    pub size: u64,
+    flags: u16,
+    deadline: Option<Instant>,
+    payload: Vec<u8>,
+}
+
+fn unexpected(what: impl std::fmt::Display) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("NBD: {what}"))
+}
+
+impl Client {
+    /// The default export, with structured replies and base:allocation.
+    pub fn connect(socket: &Path) -> io::Result<Client> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.set_write_timeout(Some(Duration::from_secs(20)))?;
+        let mut client = Client {
+            reader: BufReader::with_capacity(1 << 18, stream.try_clone()?),
+            stream,
+            size: 0,
+            flags: 0,
+            deadline: None,
+            payload: Vec::new(),
+        };
+        client.negotiate()?;
+        Ok(client)
+    }
+
+    /// NBD_FLAG_SEND_TRIM
+    pub fn can_trim(&self) -> bool {
+        self.flags & 1 << 5 != 0
+    }
+
+    /// NBD_FLAG_SEND_WRITE_ZEROES
+    pub fn can_zero(&self) -> bool {
+        self.flags & 1 << 6 != 0
+    }
+
+    /// From now on requests fail with `TimedOut` after this time.
+    pub fn limit(&mut self, limit: Duration) {
+        self.deadline = Some(Instant::now() + limit);
+    }
+
+    fn negotiate(&mut self) -> io::Result<()> {
+        let mut greeting = [0; 18];
+        self.reader.read_exact(&mut greeting)?;
+        if &greeting[..8] != b"NBDMAGIC" || &greeting[8..16] != IHAVEOPT {
+            return Err(unexpected("not a fixed newstyle server"));
+        }
+        // FIXED_NEWSTYLE and NO_ZEROES.
+        self.stream.write_all(&3u32.to_be_bytes())?;
+        self.option(OPT_STRUCTURED_REPLY, &[])?;
+        // No export name, one query.
+        let query = b"base:allocation";
+        let mut wanted = vec![0, 0, 0, 0, 0, 0, 0, 1];
+        wanted.extend((query.len() as u32).to_be_bytes());
+        wanted.extend(query);
+        self.option(OPT_SET_META_CONTEXT, &wanted)?;
+        // No export name, no information asked for.
+        self.option(OPT_GO, &[0; 6])
+    }
+
+    /// Sends an option and takes the replies up to the ACK.
+    fn option(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
+        let mut message = IHAVEOPT.to_vec();
+        message.extend(option.to_be_bytes());
+        message.extend((data.len() as u32).to_be_bytes());
+        message.extend(data);
+        self.stream.write_all(&message)?;
+        loop {
+            let mut head = [0; 20];
+            self.reader.read_exact(&mut head)?;
+            let length = be32(&head[16..]) as usize;
+            self.read_payload(length)?;
+            match be32(&head[12..]) {
+                REP_ACK => return Ok(()),
+                REP_META_CONTEXT => {}
+                // NBD_INFO_EXPORT: type, size, flags.
+                REP_INFO if length >= 12 && self.payload[..2] == [0, 0] => {
+                    self.size = be64(&self.payload[2..]);
+                    self.flags = be16(&self.payload[10..]);
+                }
+                REP_INFO => {}
+                reply => return Err(unexpected(format!("option {option}: reply {reply:#x}"))),
+            }
+        }
+    }
+
+    /// Sends the requests with up to `depth` in flight, and waits for them all.
+    pub fn all<'a>(
+        &mut self,
+        requests: impl IntoIterator<Item = Request<'a>>,
+        depth: usize,
+    ) -> io::Result<()> {
+        let mut in_flight = 0;
+        for request in requests {
+            if in_flight == depth {
+                self.reply(None)?;
+                in_flight -= 1;
+            }
+            self.send(request)?;
+            in_flight += 1;
+        }
+        for _ in 0..in_flight {
+            self.reply(None)?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, request: Request<'_>) -> io::Result<()> {
+        let (command, offset, length, data) = match request {
+            Request::Read { offset, length } => (CMD_READ, offset, length, &[][..]),
+            Request::Write { offset, data } => (CMD_WRITE, offset, data.len() as u32, data),
+            Request::Trim { offset, length } => (CMD_TRIM, offset, length, &[][..]),
+            Request::Zero { offset, length } => (CMD_WRITE_ZEROES, offset, length, &[][..]),
+        };
+        self.stream.write_all(&header(command, offset, length))?;
+        self.stream.write_all(data)
+    }
+
+    /// How many extents the whole disk has, equal neighbours merged.
+    pub fn map(&mut self) -> io::Result<u64> {
+        // As nbdinfo asks: as much as fits into 32 bits, in whole blocks.
+        const MOST: u64 = (4 << 30) - (64 << 10);
+        let (mut offset, mut count, mut last) = (0, 0, u32::MAX);
+        let mut extents = Vec::new();
+        while offset < self.size {
+            let length = MOST.min(self.size - offset) as u32;
+            self.stream
+                .write_all(&header(CMD_BLOCK_STATUS, offset, length))?;
+            extents.clear();
+            self.reply(Some(&mut extents))?;
+            if extents.is_empty() {
+                return Err(unexpected("block status without extents"));
+            }
+            for &(length, kind) in &extents {
+                offset += u64::from(length);
+                count += u64::from(kind != last);
+                last = kind;
+            }
+        }
+        Ok(count)
+    }
+
+    /// Takes one whole reply, of whatever form.
+    fn reply(&mut self, mut extents: Option<&mut Vec<(u32, u32)>>) -> io::Result<()> {
+        if self
+            .deadline
+            .is_some_and(|deadline| Instant::now() > deadline)
+        {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        loop {
+            let mut head = [0; 16];
+            self.reader.read_exact(&mut head)?;
+            match be32(&head) {
+                SIMPLE_REPLY => match be32(&head[4..]) {
+                    0 => return Ok(()),
+                    errno => return Err(unexpected(format!("error {errno}"))),
+                },
+                STRUCTURED_REPLY => {}
+                magic => return Err(unexpected(format!("a reply that starts {magic:#x}"))),
+            }
+            let (flags, kind) = (be16(&head[4..]), be16(&head[6..]));
+            let mut length = [0; 4];
+            self.reader.read_exact(&mut length)?;
+            self.read_payload(be32(&length) as usize)?;
+            if kind & CHUNK_ERROR != 0 {
+                return Err(unexpected(format!("error {}", be32(&self.payload))));
+            }
+            if let (CHUNK_BLOCK_STATUS, Some(extents)) = (kind, extents.as_deref_mut()) {
+                let pairs = self.payload[4..].chunks_exact(8);
+                extents.extend(pairs.map(|pair| (be32(pair), be32(&pair[4..]))));
+            }
+            if flags & CHUNK_DONE != 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    fn read_payload(&mut self, length: usize) -> io::Result<()> {
+        self.payload.resize(length, 0);
+        self.reader.read_exact(&mut self.payload)
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        // NBD_CMD_DISC: nbdkit logs a connection that just goes away.
+        let _ = self.stream.write_all(&header(2, 0, 0));
+    }
+}
+
+fn header(command: u16, offset: u64, length: u32) -> [u8; 28] {
+    let mut bytes = [0; 28];
+    bytes[..4].copy_from_slice(&REQUEST.to_be_bytes());
+    bytes[6..8].copy_from_slice(&command.to_be_bytes());
+    // Replies may come in any order; which is which does not matter here.
+    bytes[8..16].copy_from_slice(&offset.to_be_bytes());
+    bytes[16..24].copy_from_slice(&offset.to_be_bytes());
+    bytes[24..].copy_from_slice(&length.to_be_bytes());
+    bytes
+}
+
+fn be16(bytes: &[u8]) -> u16 {
+    u16::from_be_bytes([bytes[0], bytes[1]])
+}
+
+fn be32(bytes: &[u8]) -> u32 {
+    u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+fn be64(bytes: &[u8]) -> u64 {
+    u64::from(be32(bytes)) << 32 | u64::from(be32(&bytes[4..]))
+}

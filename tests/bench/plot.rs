@@ -1,0 +1,106 @@
+//! The picture: each rate as a dot beside its competitors', on one line per
+//! workload, with the spread of the rounds as a thin line through it.
+
+use std::path::Path;
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+use super::runner::{Kind, Row};
+use super::systems::System;
+
+type Failed = Box<dyn std::error::Error>;
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+const LINE: i32 = 34;
+const TOP: i32 = 78;
+const BOTTOM: i32 = 46;
+const LEFT: i32 = 430;
+const WIDTH: i32 = 1000;
+const RIGHT: i32 = 40;
+/// What is further right is drawn at the edge.
+const MOST: f64 = 1.4;
+
+fn colour(system: System) -> RGBColor {
+    match system {
+        System::Ours => RGBColor(0xd5, 0x5e, 0x00),
+        System::NoFilter => RGBColor(0x55, 0x55, 0x55),
+        System::CDefault => RGBColor(0x00, 0x72, 0xb2),
+        System::C4K => RGBColor(0x56, 0xb4, 0xe9),
+        System::Qemu => RGBColor(0x00, 0x9e, 0x73),
+    }
+}
+
+fn x(ratio: f64) -> i32 {
+    let room = f64::from(WIDTH - LEFT - RIGHT);
+    LEFT + (ratio.clamp(0.0, MOST) / MOST * room).round() as i32
+}
+
+fn text(size: i32, horizontal: HPos) -> TextStyle<'static> {
+    TextStyle::from(("sans-serif", size).into_font())
+        .color(&RGBColor(0x22, 0x22, 0x22))
+        .pos(Pos::new(horizontal, VPos::Center))
+}
+
+/// Writes the rates of `rows`.
+pub fn draw(rows: &[Row], path: &Path) -> Result<(), Failed> {
+    let rates = |row: &&Row| matches!(row.kind, Kind::Rate | Kind::OfLimit(_));
+    let rows: Vec<_> = rows.iter().filter(rates).collect();
+    let height = TOP + rows.len() as i32 * LINE + BOTTOM;
+    let area = SVGBackend::new(path, (WIDTH as u32, height as u32)).into_drawing_area();
+    area.fill(&WHITE)?;
+    legend(&area)?;
+    axis(&area, height)?;
+    for (index, row) in rows.iter().enumerate() {
+        line(&area, row, TOP + index as i32 * LINE + LINE / 2)?;
+    }
+    area.present()?;
+    Ok(())
+}
+
+fn legend(area: &Area<'_>) -> Result<(), Failed> {
+    let title = "Speed, 1 = no filter (5 ms base: 1 = what the delay allows)";
+    area.draw_text(title, &text(22, HPos::Left), (16, 22))?;
+    let mut at = 16;
+    for system in System::COMPARED {
+        area.draw(&Circle::new((at + 6, 52), 6, colour(system).filled()))?;
+        area.draw_text(system.name(), &text(18, HPos::Left), (at + 18, 52))?;
+        at += 44 + 9 * system.name().len() as i32;
+    }
+    Ok(())
+}
+
+fn axis(area: &Area<'_>, height: i32) -> Result<(), Failed> {
+    let end = height - BOTTOM;
+    for tenths in (0..=14).step_by(2) {
+        let ratio = f64::from(tenths) / 10.0;
+        let style = if tenths == 10 {
+            BLACK.stroke_width(2)
+        } else {
+            RGBColor(0xdd, 0xdd, 0xdd).stroke_width(1)
+        };
+        area.draw(&PathElement::new([(x(ratio), TOP), (x(ratio), end)], style))?;
+        let label = format!("{ratio:.1}");
+        area.draw_text(&label, &text(17, HPos::Center), (x(ratio), end + 18))?;
+    }
+    Ok(())
+}
+
+fn line(area: &Area<'_>, row: &Row, y: i32) -> Result<(), Failed> {
+    area.draw_text(&row.title, &text(16, HPos::Right), (LEFT - 12, y))?;
+    // Ours last: what matters most is on top.
+    for (index, system) in System::COMPARED.into_iter().enumerate().rev() {
+        let Some(spread) = row.shown(system) else {
+            continue;
+        };
+        // A little apart, so that equal ones don't hide each other.
+        let y = y + (index as i32 - 1) * 6 - 3;
+        let colour = colour(system);
+        let ends = [(x(spread.least), y), (x(spread.most), y)];
+        area.draw(&PathElement::new(ends, colour.stroke_width(2)))?;
+        let radius = if system == System::Ours { 6 } else { 4 };
+        area.draw(&Circle::new((x(spread.median), y), radius, colour.filled()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,208 @@
+//! The page: `docs/performance/README.md`.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use super::machine;
+use super::runner::{Effort, Kind, Row, Spread, short};
+use super::systems::System;
+use super::targets::{goals, verdict};
+
+/// The rows of the summary, and what they are called there.
+const SUMMARY: [(&str, &str); 13] = [
+    ("read-4k-16", "4K random read"),
+    ("write-4k-16", "4K random write, fresh blocks"),
+    ("mix-4k-16", "4K random, 70 % reads"),
+    ("write-64k-16", "64K random write"),
+    ("read-1m-4", "1M sequential read"),
+    ("write-1m-4", "1M sequential write"),
+    ("write-512-16", "512-byte random write"),
+    (
+        "slow-write-512",
+        "512-byte random write, 5 ms base (part of the limit)",
+    ),
+    ("map-1T", "map of a sparse 1T disk (times as long)"),
+    ("map-fragmented", "map of a fragmented disk (times as long)"),
+    ("zero-16T", "zero of 16T (seconds)"),
+    (
+        "start-1T",
+        "start-up, 1T disk (ms; see below for no filter)",
+    ),
+    (
+        "memory-7E",
+        "memory, untouched 7E disk (MiB; see below for no filter)",
+    ),
+];
+
+const COLUMNS: &str = "\
+Every system did the same work right after the others, in each of the rounds, and in another order each time.
+
+- *no filter*: nbdkit with its file plugin alone, the measure of the others. It reads the same disk; where there is
+  writing it writes to a fresh sparse file on the same file system. A median in its own unit.
+- *this filter*, *C filter* (the one that nbdkit ships, at its default of 64K blocks), *C filter, 4K blocks*
+  (`cow-block-size=4096`), *qemu-nbd --snapshot* (`-f raw --persistent -e 8`): the median over the rounds
+  of the ratio to no filter in the same round, and in brackets the smallest and the largest. In a table of rates more
+  is better, 1 is as fast as no filter; in a table of times less is better.
+- The rows \"all on one core\" have the client and the server there: they vary least, and say what a request costs.
+  Elsewhere the scheduler decides how well the two run side by side, and the spread is wider.
+- Where a row says so it is a part of the limit instead: requests in flight by the 5 ms that a read of the disk takes.
+- *to reach*: what the project has set itself for this filter, and whether this run had it.
+- \"-\": no figure; the notes say why. (With one in flight qemu-nbd is not measured.)
+
+The load is fio with its NBD engine over a Unix socket, one process; its own cost is in every figure alike. Copies are
+nbdcopy; maps, zeroing, trimming and memory are a small client of the benchmark's own. Each figure is had from a server
+started for it, with a fresh overlay, in which no block is written twice.
+";
+
+fn ranged(spread: Spread) -> String {
+    if spread.least == spread.most {
+        return short(spread.median);
+    }
+    let Spread {
+        least,
+        median,
+        most,
+    } = spread;
+    format!("{} ({}..{})", short(median), short(least), short(most))
+}
+
+/// A table small enough for the README at the top.
+pub fn summary(rows: &[Row]) -> String {
+    let mut table = String::from("| ratio to no filter, or as said |");
+    for system in System::COMPARED {
+        let _ = write!(table, " {} |", system.name());
+    }
+    table.push_str("\n|---|---|---|---|---|\n");
+    for (id, title) in SUMMARY {
+        let Some(row) = rows.iter().find(|row| row.id == id) else {
+            continue;
+        };
+        let _ = write!(table, "| {title} |");
+        for system in System::COMPARED {
+            let figure = row.shown(system).map_or("-".into(), |f| short(f.median));
+            let _ = write!(table, " {figure} |");
+        }
+        table.push('\n');
+    }
+    table
+}
+
+pub fn page(rows: &[Row], effort: &Effort, took: Duration) -> String {
+    let mut page = String::from("# Performance\n\nWritten by `make bench`.\n\n");
+    page.push_str(&summary(rows));
+    page.push_str("\n![Ratios to no filter](performance.svg)\n\n");
+    for (what, value) in machine::about() {
+        let _ = writeln!(page, "- {what}: {value}");
+    }
+    let _ = writeln!(
+        page,
+        "- rounds: {} ({} for the rates that have something to reach), in {} s",
+        effort.rounds,
+        effort.more_rounds,
+        took.as_secs()
+    );
+    if effort.quick {
+        page.push_str("- a quick run: it shows that the benchmark works, and no more\n");
+    }
+    let _ = write!(page, "\n## What the columns are\n\n{COLUMNS}");
+    let mut notes = Notes::default();
+    page.push_str("\n## Rates (more is better)\n\nData on tmpfs unless it says \"on disk\".\n\n");
+    let rates = |row: &&Row| matches!(row.kind, Kind::Rate | Kind::OfLimit(_));
+    page.push_str(&table(rows.iter().filter(rates), &mut notes));
+    page.push_str("\n## Times (less is better)\n\n");
+    page.push_str(&table(
+        rows.iter().filter(|row| row.kind == Kind::Time),
+        &mut notes,
+    ));
+    page.push_str("\nThe \"no filter\" of the fragmented disk is a plugin that does nothing but add as many extents.\n");
+    page.push_str("\n## Amounts (less is better, not ratios)\n\n");
+    let amounts = |row: &&Row| matches!(row.kind, Kind::Amount(_));
+    page.push_str(&table(rows.iter().filter(amounts), &mut notes));
+    page.push_str(
+        "\n\"Core\" rows are counted in the core of the filter without nbdkit, over a base and a store that do \
+         nothing. Instructions are callgrind's.\n",
+    );
+    page.push_str(&notes.text());
+    page
+}
+
+fn table<'a>(rows: impl Iterator<Item = &'a Row>, notes: &mut Notes) -> String {
+    let mut table = String::from("| | no filter |");
+    for system in System::COMPARED {
+        let _ = write!(table, " {} |", system.name());
+    }
+    table.push_str(" to reach |\n|---|---|---|---|---|---|---|\n");
+    for row in rows {
+        let _ = write!(table, "| {} |", title(row));
+        let none = no_filter(row, notes);
+        let _ = write!(table, " {none} |");
+        for system in System::COMPARED {
+            let figure = match row.shown(system) {
+                Some(spread) => ranged(spread),
+                None => "-".into(),
+            };
+            let marks = notes.mark(row.failures.get(&system));
+            let _ = write!(table, " {figure}{marks} |");
+        }
+        let verdicts: Vec<_> = goals(&row.id)
+            .iter()
+            .map(|goal| verdict(row, *goal))
+            .collect();
+        let _ = writeln!(table, " {} |", verdicts.join("<br>"));
+    }
+    table
+}
+
+fn title(row: &Row) -> String {
+    match row.kind {
+        Kind::OfLimit(limit) => format!("{} (part of {}/s)", row.title, short(limit)),
+        Kind::Amount(unit) => format!("{} ({unit})", row.title),
+        Kind::Rate | Kind::Time => row.title.clone(),
+    }
+}
+
+fn no_filter(row: &Row, notes: &mut Notes) -> String {
+    let marks = notes.mark(row.failures.get(&System::NoFilter));
+    let figure = match (row.kind, row.own(System::NoFilter)) {
+        (_, None) => "-".into(),
+        (Kind::Rate, Some(own)) if own.median >= 10_000.0 => {
+            format!("{} k/s", short(own.median / 1000.0))
+        }
+        (Kind::Rate, Some(own)) => format!("{}/s", short(own.median)),
+        (Kind::OfLimit(limit), Some(own)) => short(own.median / limit),
+        (Kind::Time, Some(own)) => format!("{} ms", short(own.median * 1000.0)),
+        (Kind::Amount(_), Some(own)) => ranged(own),
+    };
+    format!("{figure}{marks}")
+}
+
+/// Reasons, each told once.
+#[derive(Default)]
+struct Notes(Vec<String>);
+
+impl Notes {
+    fn mark(&mut self, reasons: Option<&BTreeSet<String>>) -> String {
+        let mut marks = String::new();
+        for reason in reasons.into_iter().flatten() {
+            let known = self.0.iter().position(|note| note == reason);
+            let number = known.unwrap_or_else(|| {
+                self.0.push(reason.clone());
+                self.0.len() - 1
+            });
+            let _ = write!(marks, " [{}]", number + 1);
+        }
+        marks
+    }
+
+    fn text(&self) -> String {
+        if self.0.is_empty() {
+            return String::new();
+        }
+        let mut text = String::from("\n## Notes\n\n");
+        for (index, note) in self.0.iter().enumerate() {
+            let _ = writeln!(text, "{}. {note}", index + 1);
+        }
+        text
+    }
+}

@@ -1,0 +1,256 @@
+//! Rounds, and the statistics over them.
+//!
+//! A round asks each system of each cell once, the systems of a cell directly
+//! one after the other, so that both sides of a ratio were measured within a
+//! second or two. Which comes first moves on by one each round.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::systems::System;
+
+/// How much is measured.
+pub struct Effort {
+    pub quick: bool,
+    pub rounds: usize,
+    /// For the rows that have something to reach and cost little.
+    pub more_rounds: usize,
+    /// Of one run of fio.
+    pub time: Duration,
+    /// Bytes of the disk that the throughput rows use.
+    pub disk: u64,
+}
+
+impl Effort {
+    pub const FULL: Effort = Effort {
+        quick: false,
+        rounds: 5,
+        more_rounds: 7,
+        time: Duration::from_millis(250),
+        disk: 1 << 30,
+    };
+    pub const QUICK: Effort = Effort {
+        quick: true,
+        rounds: 1,
+        more_rounds: 2,
+        time: Duration::from_millis(100),
+        disk: 256 << 20,
+    };
+}
+
+/// How a row's numbers are to be read.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Kind {
+    /// Requests per second; the others as a ratio to "no filter".
+    Rate,
+    /// Requests per second, as a fraction of this many.
+    OfLimit(f64),
+    /// Seconds; the others as a ratio to "no filter".
+    Time,
+    /// A number with a unit, shown as it is.
+    Amount(&'static str),
+}
+
+/// Why a system has no figure.
+pub enum Failure {
+    /// It may do better in the next round.
+    ThisTime(String),
+    /// It is not asked again.
+    Always(String),
+}
+
+impl From<String> for Failure {
+    fn from(reason: String) -> Failure {
+        Failure::ThisTime(reason)
+    }
+}
+
+impl From<&str> for Failure {
+    fn from(reason: &str) -> Failure {
+        Failure::ThisTime(reason.into())
+    }
+}
+
+pub type Measured = Result<f64, Failure>;
+
+/// A row that is still to be measured.
+pub struct Cell<'a> {
+    pub id: String,
+    pub title: String,
+    pub kind: Kind,
+    pub rounds: usize,
+    pub systems: Vec<System>,
+    pub measure: Box<dyn FnMut(System) -> Measured + 'a>,
+}
+
+/// A row as it was measured: for each system one figure a round, if it could be had.
+pub struct Row {
+    pub id: String,
+    pub title: String,
+    pub kind: Kind,
+    pub figures: BTreeMap<System, Vec<Option<f64>>>,
+    pub failures: BTreeMap<System, BTreeSet<String>>,
+}
+
+/// A median between the smallest and the largest.
+#[derive(Clone, Copy)]
+pub struct Spread {
+    pub least: f64,
+    pub median: f64,
+    pub most: f64,
+}
+
+impl Spread {
+    pub fn of(mut numbers: Vec<f64>) -> Option<Spread> {
+        numbers.sort_by(f64::total_cmp);
+        let middle = numbers.len() / 2;
+        let median = if numbers.len() % 2 == 1 {
+            *numbers.get(middle)?
+        } else {
+            (numbers.get(middle.checked_sub(1)?)? + numbers.get(middle)?) / 2.0
+        };
+        Some(Spread {
+            least: *numbers.first()?,
+            median,
+            most: *numbers.last()?,
+        })
+    }
+}
+
+impl Row {
+    /// A row of figures that were had at once and without rounds.
+    pub fn single(id: &str, title: &str, unit: &'static str, figures: &[(System, f64)]) -> Row {
+        let figures = figures.iter().map(|&(s, figure)| (s, vec![Some(figure)]));
+        Row {
+            id: id.into(),
+            title: title.into(),
+            kind: Kind::Amount(unit),
+            figures: figures.collect(),
+            failures: BTreeMap::new(),
+        }
+    }
+
+    /// The system's own figures.
+    pub fn own(&self, system: System) -> Option<Spread> {
+        Spread::of(
+            self.figures
+                .get(&system)?
+                .iter()
+                .flatten()
+                .copied()
+                .collect(),
+        )
+    }
+
+    /// What `f` makes of two systems' figures in the rounds in which both had one.
+    pub fn both(&self, one: System, other: System, f: fn(f64, f64) -> f64) -> Option<Spread> {
+        let pairs = self
+            .figures
+            .get(&one)?
+            .iter()
+            .zip(self.figures.get(&other)?);
+        Spread::of(pairs.filter_map(|(a, b)| Some(f((*a)?, (*b)?))).collect())
+    }
+
+    pub fn ratio(&self, one: System, other: System) -> Option<Spread> {
+        self.both(one, other, |a, b| a / b)
+    }
+
+    /// What the table shows for a system: see [`Kind`].
+    pub fn shown(&self, system: System) -> Option<Spread> {
+        match self.kind {
+            Kind::Rate | Kind::Time => self.ratio(system, System::NoFilter),
+            Kind::OfLimit(limit) => self.own(system).map(|own| Spread {
+                least: own.least / limit,
+                median: own.median / limit,
+                most: own.most / limit,
+            }),
+            Kind::Amount(_) => self.own(system),
+        }
+    }
+}
+
+/// A number with as many digits as mean something.
+pub fn short(number: f64) -> String {
+    match number.abs() {
+        0.0 => "0".into(),
+        size if size >= 100.0 => format!("{number:.0}"),
+        size if size >= 10.0 => format!("{number:.1}"),
+        size if size >= 0.095 => format!("{number:.2}"),
+        _ => format!("{number:.3}"),
+    }
+}
+
+/// Measures all the cells.
+pub fn run(mut cells: Vec<Cell<'_>>) -> Vec<Row> {
+    let mut rows: Vec<Row> = cells.iter().map(Row::empty).collect();
+    let rounds = cells.iter().map(|cell| cell.rounds).max().unwrap_or(0);
+    let mut given_up = BTreeSet::new();
+    for round in 0..rounds {
+        for (index, cell) in cells.iter_mut().enumerate() {
+            if round >= cell.rounds {
+                continue;
+            }
+            let count = cell.systems.len();
+            for turn in 0..count {
+                let system = cell.systems[(turn + round) % count];
+                let figure = if given_up.contains(&(index, system)) {
+                    None
+                } else {
+                    match (cell.measure)(system) {
+                        Ok(figure) => Some(figure),
+                        Err(failure) => {
+                            let reason = match failure {
+                                Failure::ThisTime(reason) => reason,
+                                Failure::Always(reason) => {
+                                    given_up.insert((index, system));
+                                    reason
+                                }
+                            };
+                            rows[index].failed(system, reason);
+                            None
+                        }
+                    }
+                };
+                let figures = rows[index].figures.entry(system).or_default();
+                figures.push(figure);
+            }
+            rows[index].progress(round + 1, cell.rounds);
+        }
+    }
+    rows
+}
+
+impl Row {
+    fn empty(cell: &Cell<'_>) -> Row {
+        Row {
+            id: cell.id.clone(),
+            title: cell.title.clone(),
+            kind: cell.kind,
+            figures: BTreeMap::new(),
+            failures: BTreeMap::new(),
+        }
+    }
+
+    fn failed(&mut self, system: System, reason: String) {
+        if self
+            .failures
+            .entry(system)
+            .or_default()
+            .insert(reason.clone())
+        {
+            eprintln!("{}: {}: {reason}", self.title, system.name());
+        }
+    }
+
+    fn progress(&self, round: usize, rounds: usize) {
+        let last = |system| {
+            self.figures
+                .get(&system)
+                .and_then(|figures| *figures.last()?)
+        };
+        let ours = last(System::Ours).map_or("-".into(), |figure| format!("{figure:.4}"));
+        let none = last(System::NoFilter).map_or("-".into(), |figure| format!("{figure:.4}"));
+        eprintln!("{round}/{rounds} {}: {ours}, no filter {none}", self.title);
+    }
+}

@@ -1,0 +1,337 @@
+//! What is compared, and how each is started.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use super::command::{self, command};
+use super::nbd::Client;
+
+/// How long a server may take until it answers; under callgrind it takes seconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum System {
+    Ours,
+    /// nbdkit with its file plugin and nothing else: what the others are measured by.
+    NoFilter,
+    /// The C filter that nbdkit ships, at its default block size of 64K.
+    CDefault,
+    /// The same with 4K blocks.
+    C4K,
+    /// `qemu-nbd --snapshot`.
+    Qemu,
+}
+
+impl System {
+    pub const ALL: [System; 5] = [
+        System::Ours,
+        System::NoFilter,
+        System::CDefault,
+        System::C4K,
+        System::Qemu,
+    ];
+
+    /// All but "no filter", in the order of the table's columns.
+    pub const COMPARED: [System; 4] = [System::Ours, System::CDefault, System::C4K, System::Qemu];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            System::Ours => "this filter",
+            System::NoFilter => "no filter",
+            System::CDefault => "C filter",
+            System::C4K => "C filter, 4K blocks",
+            System::Qemu => "qemu-nbd --snapshot",
+        }
+    }
+}
+
+/// What is to be served.
+#[derive(Clone)]
+pub struct Setup {
+    plugin: Vec<String>,
+    disk: Option<PathBuf>,
+    /// "No filter" serves a fresh sparse file of the disk's size instead of the
+    /// disk: it is going to be written to.
+    fresh: bool,
+    delay: bool,
+    /// Runs the server under this command.
+    pub under: Vec<String>,
+}
+
+impl Setup {
+    /// A file, to be read.
+    pub fn disk(path: &Path) -> Setup {
+        Setup {
+            plugin: vec!["file".into(), format!("file={}", path.display())],
+            disk: Some(path.into()),
+            fresh: false,
+            delay: false,
+            under: Vec::new(),
+        }
+    }
+
+    /// A plugin of nbdkit's and its parameters; qemu-nbd can't serve that.
+    pub fn plugin(words: &[&str]) -> Setup {
+        Setup {
+            plugin: words.iter().map(ToString::to_string).collect(),
+            disk: None,
+            fresh: false,
+            delay: false,
+            under: Vec::new(),
+        }
+    }
+
+    pub fn written(self) -> Setup {
+        Setup {
+            fresh: true,
+            ..self
+        }
+    }
+
+    /// Each read of the disk takes 5 ms.
+    pub fn slow(self) -> Setup {
+        Setup {
+            delay: true,
+            ..self
+        }
+    }
+
+    /// Starts a server with its overlay below `place`, and waits until a client
+    /// has connected.
+    pub fn start(&self, system: System, place: &Path) -> Result<Server, String> {
+        let own = tempfile::Builder::new()
+            .prefix("server.")
+            .tempdir_in(place)
+            .map_err(|error| format!("no directory for a server: {error}"))?;
+        let mut below = None;
+        let mut command = if system == System::Qemu {
+            let mut image = self.disk.clone().ok_or("serves files only")?;
+            if self.delay {
+                let disk = Setup {
+                    fresh: false,
+                    ..self.clone()
+                };
+                let server = disk.start(System::NoFilter, place)?;
+                image = server.uri().into();
+                below = Some(Box::new(server));
+            }
+            self.qemu(&image, own.path())
+        } else {
+            self.nbdkit(system, own.path())?
+        };
+        let stderr = own.path().join("stderr");
+        let said = |error: std::io::Error| format!("the server could not be started: {error}");
+        command.stderr(File::create(&stderr).map_err(said)?);
+        command.stdout(File::create(own.path().join("stdout")).map_err(said)?);
+        let start = Instant::now();
+        let child = command.env("TMPDIR", own.path()).spawn().map_err(said)?;
+        let mut server = Server {
+            child,
+            own,
+            start_up: Duration::ZERO,
+            _below: below,
+        };
+        server.wait_until_it_answers(start)?;
+        Ok(server)
+    }
+
+    fn nbdkit(&self, system: System, own: &Path) -> Result<Command, String> {
+        let mut words = self.under.clone();
+        words.extend(["nbdkit", "-f", "--exit-with-parent", "-U"].map(String::from));
+        words.push(socket_in(own).display().to_string());
+        let filter: &[&str] = match system {
+            System::Ours => &[library()],
+            System::CDefault | System::C4K => &["cow"],
+            System::NoFilter | System::Qemu => &[],
+        };
+        words.extend(filter.iter().map(|filter| format!("--filter={filter}")));
+        if self.delay {
+            words.push("--filter=delay".into());
+        }
+        match &self.disk {
+            Some(disk) if self.fresh && system == System::NoFilter => {
+                let fresh = own.join("fresh");
+                sparse(&fresh, size_of(disk)?)?;
+                words.extend(["file".into(), format!("file={}", fresh.display())]);
+            }
+            _ => words.extend(self.plugin.iter().cloned()),
+        }
+        if system == System::C4K {
+            words.push("cow-block-size=4096".into());
+        }
+        if self.delay {
+            words.push("delay-read=5ms".into());
+        }
+        Ok(command_of(&words))
+    }
+
+    fn qemu(&self, image: &Path, own: &Path) -> Command {
+        let mut words = self.under.clone();
+        words.extend(["qemu-nbd", "--snapshot", "--persistent"].map(String::from));
+        words.extend(["-f", "raw", "-e", "8", "-k"].map(String::from));
+        words.push(socket_in(own).display().to_string());
+        words.push(image.display().to_string());
+        command_of(&words)
+    }
+}
+
+fn command_of(words: &[String]) -> Command {
+    let mut command = command(&words[0]);
+    command.args(&words[1..]);
+    command
+}
+
+fn socket_in(own: &Path) -> PathBuf {
+    own.join("socket")
+}
+
+/// The library under test: the one that cargo built for this executable.
+pub fn library() -> &'static str {
+    static FOUND: OnceLock<String> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let path = match std::env::var_os("LIBRARY").filter(|path| !path.is_empty()) {
+            Some(path) => PathBuf::from(path),
+            None => std::env::current_exe()
+                .expect("the path of this executable")
+                .with_file_name("libnbdkit_cow_filter.so"),
+        };
+        assert!(path.is_file(), "there is no {}", path.display());
+        path.into_os_string().into_string().expect("a UTF-8 path")
+    })
+}
+
+/// A sparse file of this many bytes.
+pub fn sparse(path: &Path, size: u64) -> Result<(), String> {
+    File::create(path)
+        .and_then(|file| file.set_len(size))
+        .map_err(|error| format!("no sparse file of {size} bytes: {error}"))
+}
+
+fn size_of(path: &Path) -> Result<u64, String> {
+    fs::metadata(path)
+        .map(|about| about.len())
+        .map_err(|error| format!("the disk: {error}"))
+}
+
+/// A running server; dropping it ends it and removes what it had written.
+pub struct Server {
+    child: Child,
+    own: TempDir,
+    /// From the start of the process until a client had connected.
+    pub start_up: Duration,
+    _below: Option<Box<Server>>,
+}
+
+impl Server {
+    fn wait_until_it_answers(&mut self, start: Instant) -> Result<(), String> {
+        while start.elapsed() < PATIENCE {
+            match Client::connect(&self.socket()) {
+                Ok(_) => {
+                    self.start_up = start.elapsed();
+                    return Ok(());
+                }
+                // It answers, and says no.
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                    return Err(format!("refuses the client: {}", self.last_words()));
+                }
+                Err(_) => {}
+            }
+            if let Ok(Some(_)) = self.child.try_wait() {
+                return Err(format!("does not start: {}", self.last_words()));
+            }
+            thread::sleep(Duration::from_micros(200));
+        }
+        Err("does not answer".into())
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        socket_in(self.own.path())
+    }
+
+    pub fn uri(&self) -> String {
+        format!("nbd+unix:///?socket={}", self.socket().display())
+    }
+
+    pub fn client(&self) -> Result<Client, String> {
+        Client::connect(&self.socket()).map_err(|error| format!("no connection: {error}"))
+    }
+
+    /// If the server has died meanwhile, that is why a client failed.
+    pub fn explain(&mut self, error: String) -> String {
+        // A crash takes a moment to become an exit status.
+        thread::sleep(Duration::from_millis(20));
+        match self.child.try_wait() {
+            Ok(Some(status)) => format!("ended with {status}: {}", self.last_words()),
+            _ => error,
+        }
+    }
+
+    /// What it said last, without the names of our directories.
+    fn last_words(&self) -> String {
+        let stderr = fs::read_to_string(self.own.path().join("stderr")).unwrap_or_default();
+        let line = command::last_line(&stderr);
+        let own = self.own.path();
+        let place = own.parent().unwrap_or(own);
+        let line = line
+            .replace(&own.display().to_string(), "...")
+            .replace(&place.display().to_string(), "...");
+        // qemu's temporary overlay has another name each time.
+        match line.find("vl.") {
+            Some(at) if line.is_char_boundary(at + 9) => [&line[..at], &line[at + 9..]].concat(),
+            _ => line,
+        }
+    }
+
+    /// What is in memory of the process now, in bytes.
+    pub fn memory(&self) -> Result<u64, String> {
+        resident(&format!("/proc/{}/status", self.child.id()))
+    }
+
+    /// What the files take that the server has open for its overlays, in bytes.
+    pub fn overlay_bytes(&self) -> u64 {
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        let place = self.own.path();
+        descriptors
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter(|entry| {
+                let target = fs::read_link(entry.path()).unwrap_or_default();
+                target.starts_with(place)
+                    && !target.ends_with("stderr")
+                    && !target.ends_with("stdout")
+            })
+            .filter_map(|entry| fs::metadata(entry.path()).ok())
+            .map(|about| about.blocks() * 512)
+            .sum()
+    }
+
+    /// Ends the process as its user would, so that a tool which runs it can report.
+    pub fn stop(mut self) {
+        command::end(&mut self.child, command::LIMIT);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        command::end(&mut self.child, Duration::from_secs(2));
+    }
+}
+
+/// VmRSS in a `/proc/.../status`, in bytes.
+pub fn resident(status: &str) -> Result<u64, String> {
+    let text = fs::read_to_string(status).map_err(|error| format!("no status: {error}"))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .and_then(|line| line.trim().strip_suffix(" kB"))
+        .and_then(|number| number.trim().parse::<u64>().ok())
+        .map(|kilobytes| kilobytes << 10)
+        .ok_or_else(|| "no VmRSS in the status".into())
+}

@@ -1,0 +1,76 @@
+//! What is to be reached, row by row. A miss is shown, never asserted.
+
+use super::runner::{Row, Spread, short};
+use super::systems::System;
+
+#[derive(Clone, Copy)]
+pub enum Goal {
+    /// What the table shows for this filter (a ratio or an amount), at least or at most.
+    AtLeast(f64),
+    AtMost(f64),
+    /// This many times another system's rate.
+    Times(System, f64),
+    /// Not more than this above "no filter", in the row's unit.
+    Beyond(f64),
+}
+
+/// The goals of a row.
+pub fn goals(id: &str) -> &'static [Goal] {
+    use Goal::{AtLeast, AtMost, Beyond, Times};
+    match id {
+        "read-4k-16" | "read-1m-4" => &[AtLeast(0.97)],
+        "write-4k-16" => &[
+            AtLeast(0.95),
+            Times(System::CDefault, 3.5),
+            Times(System::C4K, 1.0),
+        ],
+        "write-1m-4" => &[AtLeast(0.95)],
+        "slow-write-512" => &[AtLeast(0.85)],
+        "map-1T" => &[AtMost(1.3)],
+        "map-fragmented" => &[AtMost(1.5)],
+        "zero-16T" | "trim-16T" => &[AtMost(0.5)],
+        "space-whole" => &[AtMost(0.0)],
+        "memory-7E" => &[Beyond(2.0)],
+        "memory-whole" => &[AtMost(8.0)],
+        "memory-trim" | "memory-write" => &[AtMost(72.0)],
+        "start-1G" | "start-1T" | "start-1P" | "start-7E" => &[Beyond(5.0)],
+        _ if id.starts_with("instructions-") => &[AtMost(400.0)],
+        _ if id.starts_with("allocations-") => &[AtMost(0.001)],
+        _ => &[],
+    }
+}
+
+/// What is to be reached, and whether it was.
+pub fn verdict(row: &Row, goal: Goal) -> String {
+    let (wanted, found, reached) = match goal {
+        Goal::AtLeast(least) => {
+            let found = row.shown(System::Ours);
+            (
+                format!("≥ {least}"),
+                found,
+                found.map(|f| f.median >= least),
+            )
+        }
+        Goal::AtMost(most) => {
+            let found = row.shown(System::Ours);
+            (format!("≤ {most}"), found, found.map(|f| f.median <= most))
+        }
+        Goal::Times(system, least) => {
+            let found = row.ratio(System::Ours, system);
+            let wanted = format!("≥ {least} × {}", system.name());
+            (wanted, found, found.map(|f| f.median >= least))
+        }
+        Goal::Beyond(most) => {
+            let found = row.both(System::Ours, System::NoFilter, |a, b| a - b);
+            let wanted = format!("≤ no filter + {most}");
+            (wanted, found, found.map(|f| f.median <= most))
+        }
+    };
+    let word = match reached {
+        Some(true) => "reached",
+        Some(false) => "**not reached**",
+        None => "not measured",
+    };
+    let figure = found.map_or(String::new(), |f: Spread| format!(" ({})", short(f.median)));
+    format!("{wanted}: {word}{figure}")
+}

@@ -1,0 +1,365 @@
+//! Throughput: requests per second under fio, and copies of a whole disk.
+//!
+//! Every cell starts a server of its own with a fresh overlay, so "fresh blocks"
+//! are fresh in every cell. Where there is writing, "no filter" writes to a fresh
+//! sparse file on the file system of the overlays: the same first write to a
+//! block, without the filter. (In the mix its reads are of that file too, so they
+//! find holes where the others find the disk's data.)
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::command::{self, command};
+use super::fio::{Job, ON_ONE_CORE};
+use super::nbd::Request;
+use super::runner::{self, Cell, Effort, Kind, Measured, Row};
+use super::systems::{Server, Setup, System};
+use super::targets::goals;
+
+/// Two directories: on tmpfs only the processor counts; on the disk's file
+/// system the first write of a block costs what it costs in use.
+const MEMORY: &str = "/dev/shm";
+const DISK: &str = "/var/tmp";
+
+/// How long a read of the slow base takes.
+const DELAY: Duration = Duration::from_millis(5);
+
+/// A directory of our own in `place`, removed with all that is in it.
+pub fn scratch(place: &str) -> Result<TempDir, String> {
+    tempfile::Builder::new()
+        .prefix("cow-bench.")
+        .tempdir_in(place)
+        .map_err(|error| format!("no directory in {place}: {error}"))
+}
+
+pub fn scratch_in_memory() -> Result<TempDir, String> {
+    scratch(MEMORY)
+}
+
+/// A directory with a disk full of random bytes in it.
+struct Lab {
+    scratch: TempDir,
+    disk: PathBuf,
+    size: u64,
+    time: Duration,
+    rounds: usize,
+    more_rounds: usize,
+}
+
+impl Lab {
+    fn new(place: &str, effort: &Effort) -> Result<Lab, String> {
+        let scratch = scratch(place)?;
+        let disk = scratch.path().join("disk.img");
+        random_file(&disk, effort.disk).map_err(|error| format!("the disk: {error}"))?;
+        Ok(Lab {
+            scratch,
+            disk,
+            size: effort.disk,
+            time: effort.time,
+            rounds: effort.rounds,
+            more_rounds: effort.more_rounds,
+        })
+    }
+
+    fn place(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    fn job(&self, pattern: &'static str, block: u64, depth: u32) -> Job {
+        Job {
+            pattern,
+            block,
+            depth,
+            connections: 1,
+            size: self.size,
+            time: self.time,
+            one_core: false,
+        }
+    }
+
+    fn setup(&self, job: &Job) -> Setup {
+        let mut setup = Setup::disk(&self.disk);
+        if job.one_core {
+            setup.under = ON_ONE_CORE.map(String::from).to_vec();
+        }
+        if job.reads_only() {
+            setup
+        } else {
+            setup.written()
+        }
+    }
+
+    fn cell(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
+        let setup = self.setup(&job);
+        self.cell_with(id, title, Kind::Rate, move |system| {
+            let mut server = setup.start(system, self.place())?;
+            load(&job, &mut server)
+        })
+    }
+
+    fn cell_with<'a>(
+        &'a self,
+        id: &str,
+        title: &str,
+        kind: Kind,
+        measure: impl FnMut(System) -> Measured + 'a,
+    ) -> Cell<'a> {
+        Cell {
+            id: id.into(),
+            title: title.into(),
+            kind,
+            rounds: if goals(id).is_empty() {
+                self.rounds
+            } else {
+                self.more_rounds
+            },
+            systems: System::ALL.to_vec(),
+            measure: Box::new(measure),
+        }
+    }
+
+    /// Over a base in which each read takes 5 ms: the rate can't be more than
+    /// the requests in flight by the time that one takes.
+    fn slow(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
+        let limit = f64::from(job.depth) / DELAY.as_secs_f64();
+        let setup = self.setup(&job).slow();
+        let mut cell = self.cell_with(id, title, Kind::OfLimit(limit), move |system| {
+            let mut server = setup.start(system, self.place())?;
+            load(&job, &mut server)
+        });
+        if !job.reads_only() {
+            // Without a filter a write reads nothing, so the delay is not in it.
+            cell.systems.retain(|system| *system != System::NoFilter);
+        }
+        cell
+    }
+
+    /// Reads of what the same client has written before.
+    fn read_again(&self) -> Cell<'_> {
+        let size = self.size / 4;
+        let job = Job {
+            size,
+            ..self.job("randread", 4096, 16)
+        };
+        let setup = Setup::disk(&self.disk).written();
+        let data = vec![0x5a; 1 << 20];
+        let title = "4K random read of what was written, 16 in flight";
+        self.cell_with("reread-16", title, Kind::Rate, move |system| {
+            let mut server = setup.start(system, self.place())?;
+            let mut client = server.client()?;
+            let writes = (0..size >> 20).map(|index| Request::Write {
+                offset: index << 20,
+                data: &data,
+            });
+            let written = client.all(writes, 4);
+            written.map_err(|error| server.explain(error.to_string()))?;
+            load(&job, &mut server)
+        })
+    }
+
+    /// nbdcopy of the whole disk, seconds.
+    fn copy(&self, inwards: bool) -> Cell<'_> {
+        let (id, title) = if inwards {
+            ("copy-in", "nbdcopy of the whole disk in")
+        } else {
+            ("copy-out", "nbdcopy of the whole disk out")
+        };
+        let setup = Setup::disk(&self.disk);
+        let setup = if inwards { setup.written() } else { setup };
+        self.cell_with(id, title, Kind::Time, move |system| {
+            let mut server = setup.start(system, self.place())?;
+            let mut nbdcopy = command("nbdcopy");
+            if inwards {
+                nbdcopy.arg(&self.disk).arg(server.uri());
+            } else {
+                nbdcopy.args([&server.uri(), "null:"]);
+            }
+            match command::run(&mut nbdcopy, Duration::from_secs(30)) {
+                Ok((_, took)) => Ok(took.as_secs_f64()),
+                Err(error) => Err(server.explain(error).into()),
+            }
+        })
+    }
+}
+
+fn load(job: &Job, server: &mut Server) -> Measured {
+    job.run(&server.uri())
+        .map_err(|error| server.explain(error).into())
+}
+
+/// Bytes that are neither zero nor alike from block to block; good enough not
+/// to be compressed or merged by anything below.
+fn random_file(path: &Path, size: u64) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut chunk = Vec::with_capacity(1 << 20);
+    for _ in 0..size >> 20 {
+        chunk.clear();
+        while chunk.len() < 1 << 20 {
+            // xorshift64
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            chunk.extend(state.to_ne_bytes());
+        }
+        file.write_all(&chunk)?;
+    }
+    file.sync_all()
+}
+
+/// (id, title, fio's pattern, bytes, in flight)
+type Shape = (&'static str, &'static str, &'static str, u64, u32);
+
+const DEEP: [Shape; 7] = [
+    ("read-4k", "4K random read", "randread", 4096, 16),
+    (
+        "write-4k",
+        "4K random write, fresh blocks",
+        "randwrite",
+        4096,
+        16,
+    ),
+    ("mix-4k", "4K random, 70 % reads", "randrw", 4096, 16),
+    ("write-64k", "64K random write", "randwrite", 64 << 10, 16),
+    ("read-1m", "1M sequential read", "read", 1 << 20, 4),
+    ("write-1m", "1M sequential write", "write", 1 << 20, 4),
+    ("write-512", "512-byte random write", "randwrite", 512, 16),
+];
+
+fn shapes<'a>(lab: &'a Lab, depth: Option<u32>, ids: &[&str]) -> Vec<Cell<'a>> {
+    let wanted = DEEP
+        .iter()
+        .filter(|(id, ..)| ids.is_empty() || ids.contains(id));
+    wanted
+        .map(|&(id, title, pattern, block, deep)| {
+            let depth = depth.unwrap_or(deep);
+            let title = format!("{title}, {depth} in flight");
+            lab.cell(
+                &format!("{id}-{depth}"),
+                &title,
+                lab.job(pattern, block, depth),
+            )
+        })
+        .collect()
+}
+
+/// Without qemu-nbd: how far behind it is, the rows with more in flight say, and
+/// the time is better spent on others.
+fn one_in_flight(lab: &Lab) -> Vec<Cell<'_>> {
+    let mut cells = shapes(lab, Some(1), &[]);
+    for cell in &mut cells {
+        cell.systems.retain(|system| *system != System::Qemu);
+    }
+    cells
+}
+
+fn four_connections(lab: &Lab) -> Vec<Cell<'_>> {
+    let over_four = |pattern| Job {
+        connections: 4,
+        ..lab.job(pattern, 4096, 4)
+    };
+    vec![
+        lab.cell(
+            "read-4k-4x4",
+            "4K random read, 4 connections with 4 in flight each",
+            over_four("randread"),
+        ),
+        lab.cell(
+            "write-4k-4x4",
+            "4K random write, 4 connections with 4 in flight each",
+            over_four("randwrite"),
+        ),
+    ]
+}
+
+/// Client and server on one core: where the scheduler puts its threads is not in
+/// these, so they vary least, and are what a request costs the processor.
+fn on_one_core(lab: &Lab) -> Vec<Cell<'_>> {
+    let mut cells = Vec::new();
+    for &(id, title, pattern, block, depth) in &DEEP[..2] {
+        let job = Job {
+            one_core: true,
+            ..lab.job(pattern, block, depth)
+        };
+        let title = format!("{title}, {depth} in flight, all on one core");
+        cells.push(lab.cell(&format!("{id}-one-core"), &title, job));
+    }
+    cells
+}
+
+fn over_a_slow_base(lab: &Lab) -> Vec<Cell<'_>> {
+    vec![
+        lab.slow(
+            "slow-read-4k",
+            "4K random read over a 5 ms base, 16 in flight",
+            lab.job("randread", 4096, 16),
+        ),
+        lab.slow(
+            "slow-write-512",
+            "512-byte random write over a 5 ms base, 16 in flight",
+            lab.job("randwrite", 512, 16),
+        ),
+    ]
+}
+
+/// A whole-block write reads nothing of the base, so there is no limit to
+/// compare with: the ratio to "no filter", whose reads take 5 ms as well, shows
+/// who reads more than the client does.
+fn whole_blocks_over_a_slow_base(lab: &Lab) -> Vec<Cell<'_>> {
+    let rows = [
+        ("slow-write-4k", "4K random write", "randwrite"),
+        ("slow-mix-4k", "4K random, 70 % reads", "randrw"),
+    ];
+    rows.map(|(id, what, pattern)| {
+        let job = lab.job(pattern, 4096, 16);
+        let setup = lab.setup(&job).slow();
+        let title = format!("{what} over a 5 ms base, 16 in flight");
+        lab.cell_with(id, &title, Kind::Rate, move |system| {
+            let mut server = setup.start(system, lab.place())?;
+            load(&job, &mut server)
+        })
+    })
+    .into()
+}
+
+/// All the throughput rows with their files on tmpfs.
+pub fn on_memory(effort: &Effort) -> Result<Vec<Row>, String> {
+    let lab = Lab::new(MEMORY, effort)?;
+    let mut cells;
+    if effort.quick {
+        let ids = ["read-4k", "write-4k", "read-1m", "write-1m", "write-512"];
+        cells = shapes(&lab, None, &ids);
+    } else {
+        cells = shapes(&lab, None, &[]);
+        cells.extend(one_in_flight(&lab));
+        cells.extend(four_connections(&lab));
+        cells.extend(whole_blocks_over_a_slow_base(&lab));
+        cells.push(lab.read_again());
+    }
+    cells.extend(on_one_core(&lab));
+    cells.extend(over_a_slow_base(&lab));
+    cells.push(lab.copy(false));
+    cells.push(lab.copy(true));
+    Ok(runner::run(cells))
+}
+
+/// The few that say most, with their files on the disk's file system.
+pub fn on_disk(effort: &Effort) -> Result<Vec<Row>, String> {
+    let lab = Lab::new(DISK, effort)?;
+    let ids: &[&str] = if effort.quick {
+        &["write-4k"]
+    } else {
+        &["read-4k", "write-4k", "write-1m"]
+    };
+    let mut cells = shapes(&lab, None, ids);
+    for cell in &mut cells {
+        cell.rounds = effort.rounds;
+        cell.id.insert_str(0, "disk-");
+        cell.title.push_str(", on disk");
+    }
+    Ok(runner::run(cells))
+}
