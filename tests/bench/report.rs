@@ -27,11 +27,11 @@ const SUMMARY: [(&str, &str); 13] = [
     ("zero-16T", "zero of 16T (seconds)"),
     (
         "start-1T",
-        "start-up, 1T disk (ms; see below for no filter)",
+        "start-up, 1T disk (ms; for no filter see the full table)",
     ),
     (
         "memory-7E",
-        "memory, untouched 7E disk (MiB; see below for no filter)",
+        "memory, untouched 7E disk (MiB; for no filter see the full table)",
     ),
 ];
 
