@@ -237,22 +237,7 @@ impl<S: Store> Overlay<S> {
         let whole = self.bytes_of(&blocks);
         let mut block_bytes = buffer(whole.len())?;
         if before == State::Base {
-            // One call: with a slow base the number of calls is what costs.
-            let missing = if bytes.start == whole.start {
-                bytes.end..whole.end
-            } else if bytes.end == whole.end {
-                whole.start..bytes.start
-            } else {
-                whole.start..whole.end
-            };
-            let missing = ByteRange {
-                start: missing.start,
-                end: missing.end,
-            };
-            base.read(
-                &mut block_bytes[missing.in_buffer(whole.start)],
-                missing.start,
-            )?;
+            read_around(base, &mut block_bytes, whole, bytes)?;
         }
 
         let _held = self.stripes.exclusive(&blocks);
@@ -378,6 +363,18 @@ impl<S: Store> Overlay<S> {
     fn bytes_of(&self, blocks: &Range<BlockNum>) -> ByteRange {
         self.block_size.bytes_of(blocks, self.size)
     }
+}
+
+/// Fills `buf`, which stands for the block `whole`, with what the base has of it
+/// around `bytes`. One call: with a slow base the number of calls is what costs.
+fn read_around(base: &impl Base, buf: &mut [u8], whole: ByteRange, bytes: ByteRange) -> Result<()> {
+    let mut missing = whole;
+    if bytes.start == whole.start {
+        missing.start = bytes.end;
+    } else if bytes.end == whole.end {
+        missing.end = bytes.start;
+    }
+    base.read(&mut buf[missing.in_buffer(whole.start)], missing.start)
 }
 
 // By value and out of line: a record that nobody sees must not make the request
