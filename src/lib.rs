@@ -10,6 +10,7 @@
 //! - [`filter`]: what nbdkit's callbacks mean, in safe Rust
 //! - [`config`]: the parameters
 //! - [`overlay`]: the core: block map, store, and all the locking
+//! - [`qcow2`]: the image that an overlay can be kept in
 //! - [`base`]: what lies beneath the overlay
 //! - [`block`]: units, and the splitting of requests into blocks
 //! - [`buffer`]: bytes in memory
@@ -26,4 +27,5 @@ pub mod error;
 pub mod filter;
 pub mod nbdkit;
 pub mod overlay;
+pub mod qcow2;
 mod sync;

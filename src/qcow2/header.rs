@@ -1,0 +1,403 @@
+//! The header cluster: header, header extensions, backing file name.
+//!
+//! Reading trusts nothing. What this filter would not have written itself, and
+//! what QEMU does not put into an image that it only reads, fills or rebases, is
+//! refused with the name of the field, and where it is.
+
+use super::layout::{Layout, SECTOR, be_u32, be_u64};
+use crate::block::BlockSize;
+use crate::error::{Error, Result};
+
+const MAGIC: u32 = 0x5146_49fb;
+const VERSION: u32 = 3;
+const HEADER_LEN: u32 = 112;
+/// Incompatible feature bits.
+const DIRTY: u64 = 1 << 0;
+const CORRUPT: u64 = 1 << 1;
+const EXTERNAL_DATA: u64 = 1 << 2;
+const COMPRESSION: u64 = 1 << 3;
+const EXTENDED_L2: u64 = 1 << 4;
+const REFCOUNT_ORDER: u32 = 4;
+/// QEMU reads no longer ones.
+pub const MAX_BACKING_NAME: usize = 1023;
+
+/// Header extensions, section "Header extensions" of the specification.
+const END_OF_EXTENSIONS: u32 = 0;
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+const FULL_DISK_ENCRYPTION: u32 = 0x0537_be77;
+const BITMAPS: u32 = 0x2385_2875;
+const EXTERNAL_DATA_NAME: u32 = 0x4441_5441;
+/// Ours, "nbco": programs skip the extensions that they do not know. 32 bytes:
+///
+/// | byte | length | what |
+/// |---|---|---|
+/// | 0 | 8 | the disk's exact size; `size` in the header is rounded up to a sector |
+/// | 8 | 8 | the base's modification time, seconds; signed |
+/// | 16 | 4 | its nanoseconds |
+/// | 20 | 4 | 1 if the time is known, else 0 |
+/// | 24 | 8 | 0 |
+const OURS: u32 = 0x6e62_636f;
+const OURS_LEN: usize = 32;
+
+const FORMAT_OF_BASE: &[u8] = b"raw";
+
+/// A modification time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mtime {
+    pub seconds: i64,
+    pub nanoseconds: u32,
+}
+
+/// What the header cluster says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    pub layout: Layout,
+    /// As recorded: absolute, or relative to the image's directory, or a URI.
+    pub backing: Vec<u8>,
+    /// That of the base when the image was made, where it has one.
+    pub mtime: Option<Mtime>,
+}
+
+fn refused(what: impl std::fmt::Display) -> Error {
+    Error::new(libc::EINVAL, what.to_string())
+}
+
+impl Header {
+    /// All bytes up to the end of the backing file name.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let layout = self.layout;
+        let mut extensions = Vec::new();
+        extend(&mut extensions, BACKING_FORMAT, FORMAT_OF_BASE);
+        extend(&mut extensions, OURS, &self.ours());
+        extend(&mut extensions, END_OF_EXTENSIONS, &[]);
+        let backing_at = u64::from(HEADER_LEN) + extensions.len() as u64;
+
+        let mut bytes = Vec::new();
+        let u32 = |bytes: &mut Vec<u8>, n: u32| bytes.extend(n.to_be_bytes());
+        let u64 = |bytes: &mut Vec<u8>, n: u64| bytes.extend(n.to_be_bytes());
+        let to_u32 = |n: u64| u32::try_from(n).expect("bounded by the layout");
+        u32(&mut bytes, MAGIC);
+        u32(&mut bytes, VERSION);
+        u64(&mut bytes, backing_at);
+        u32(&mut bytes, to_u32(self.backing.len() as u64));
+        u32(&mut bytes, layout.cluster_size().trailing_zeros());
+        u64(&mut bytes, layout.virtual_size());
+        u32(&mut bytes, 0); // crypt_method
+        u32(&mut bytes, to_u32(layout.l2_tables()));
+        u64(&mut bytes, layout.l1);
+        u64(&mut bytes, layout.refcount_table);
+        u32(&mut bytes, to_u32(refcount_table_clusters(layout)));
+        u32(&mut bytes, 0); // nb_snapshots
+        u64(&mut bytes, 0); // snapshots_offset
+        u64(&mut bytes, EXTENDED_L2);
+        u64(&mut bytes, 0); // compatible_features
+        u64(&mut bytes, 0); // autoclear_features
+        u32(&mut bytes, REFCOUNT_ORDER);
+        u32(&mut bytes, HEADER_LEN);
+        u64(&mut bytes, 0); // compression_type and padding
+        bytes.extend(extensions);
+        bytes.extend(&self.backing);
+        bytes
+    }
+
+    fn ours(&self) -> [u8; OURS_LEN] {
+        let mut bytes = [0; OURS_LEN];
+        bytes[..8].copy_from_slice(&self.layout.disk_size().to_be_bytes());
+        if let Some(mtime) = self.mtime {
+            bytes[8..16].copy_from_slice(&mtime.seconds.to_be_bytes());
+            bytes[16..20].copy_from_slice(&mtime.nanoseconds.to_be_bytes());
+            bytes[20..24].copy_from_slice(&1u32.to_be_bytes());
+        }
+        bytes
+    }
+
+    /// Reads `bytes`, the first of the file: 16 KiB, the smallest cluster, unless
+    /// the file is shorter. EINVAL says which field is not as it should be.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        if bytes.len() < HEADER_LEN as usize || be_u32(bytes, 0) != MAGIC {
+            return Err(refused("it is no qcow2 image"));
+        }
+        let field = |name: &str, at: usize, found: u64, wanted: u64| {
+            if found == wanted {
+                return Ok(());
+            }
+            Err(refused(format!(
+                "it is not laid out as this filter lays out its own images: \
+                 {name} (byte {at} of the header) is {found:#x}, not {wanted:#x}"
+            )))
+        };
+        field("version", 4, be_u32(bytes, 4).into(), VERSION.into())?;
+        check_features(bytes)?;
+        field("crypt_method", 32, be_u32(bytes, 32).into(), 0)?;
+        if be_u32(bytes, 60) != 0 {
+            return Err(refused(
+                "it has internal snapshots (byte 60 of the header): delete them with qemu-img snapshot -d",
+            ));
+        }
+        field("snapshots_offset", 64, be_u64(bytes, 64), 0)?;
+        field(
+            "refcount_order",
+            96,
+            be_u32(bytes, 96).into(),
+            REFCOUNT_ORDER.into(),
+        )?;
+        field(
+            "header_length",
+            100,
+            be_u32(bytes, 100).into(),
+            HEADER_LEN.into(),
+        )?;
+        field("compression_type", 104, be_u64(bytes, 104), 0)?;
+
+        let cluster_bits = be_u32(bytes, 20);
+        if !(14..=21).contains(&cluster_bits) {
+            return Err(refused(format!(
+                "cluster_bits (byte 20 of the header) is {cluster_bits}, \
+                 but an image with extended L2 entries has 14 to 21"
+            )));
+        }
+        let block_size = BlockSize::new(1 << (cluster_bits - 5)).expect("512 to 64K");
+
+        let (name_at, name_len) = (be_u64(bytes, 8), be_u32(bytes, 16) as usize);
+        let backing = usize::try_from(name_at)
+            .ok()
+            .filter(|at| *at >= HEADER_LEN as usize && name_len > 0 && name_len <= MAX_BACKING_NAME)
+            .and_then(|at| bytes.get(at..at + name_len))
+            .ok_or_else(|| {
+                refused(format!(
+                    "it has no backing file name where its header says \
+                     ({name_len} bytes at {name_at:#x}; bytes 8 and 16 of the header)"
+                ))
+            })?;
+        let (disk_size, mtime) = extensions(&bytes[..name_at as usize])?;
+
+        let size = be_u64(bytes, 24);
+        // The sum can't overflow: a multiple of a power of two that is no larger.
+        if disk_size.checked_next_multiple_of(SECTOR) != Some(size) {
+            return Err(refused(format!(
+                "size (byte 24 of the header) is {size}, but it was made for a disk \
+                 of {disk_size} bytes: it was resized or damaged"
+            )));
+        }
+        let layout = Layout::new(disk_size, block_size).map_err(refused)?;
+        field("l1_size", 36, be_u32(bytes, 36).into(), layout.l2_tables())?;
+        field("l1_table_offset", 40, be_u64(bytes, 40), layout.l1)?;
+        field(
+            "refcount_table_offset",
+            48,
+            be_u64(bytes, 48),
+            layout.refcount_table,
+        )?;
+        field(
+            "refcount_table_clusters",
+            56,
+            be_u32(bytes, 56).into(),
+            refcount_table_clusters(layout),
+        )?;
+        Ok(Header {
+            layout,
+            backing: backing.to_vec(),
+            mtime,
+        })
+    }
+}
+
+fn refcount_table_clusters(layout: Layout) -> u64 {
+    (layout.refcount_blocks - layout.refcount_table) / layout.cluster_size()
+}
+
+fn extend(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend((data.len() as u32).to_be_bytes());
+    bytes.extend(data);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+}
+
+fn check_features(bytes: &[u8]) -> Result<()> {
+    let incompatible = be_u64(bytes, 72);
+    for (bit, what) in [
+        (
+            DIRTY,
+            "it was not closed by the program that wrote to it: run qemu-img check -r all",
+        ),
+        (
+            CORRUPT,
+            "it is marked as corrupt: run qemu-img check -r all",
+        ),
+        (EXTERNAL_DATA, "its data is in another file"),
+        (COMPRESSION, "it is compressed"),
+    ] {
+        if incompatible & bit != 0 {
+            return Err(refused(format!(
+                "{what} (incompatible_features, byte 72 of the header, is {incompatible:#x})"
+            )));
+        }
+    }
+    if incompatible != EXTENDED_L2 {
+        return Err(refused(format!(
+            "it is not laid out as this filter lays out its own images: incompatible_features \
+             (byte 72 of the header) is {incompatible:#x}, not {EXTENDED_L2:#x}, extended L2 entries"
+        )));
+    }
+    for (name, at) in [("compatible_features", 80), ("autoclear_features", 88)] {
+        let found = be_u64(bytes, at);
+        if found != 0 {
+            return Err(refused(format!(
+                "it has features that this filter does not keep up \
+                 (lazy refcounts, bitmaps): {name} (byte {at} of the header) is {found:#x}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The disk's exact size and the base's modification time, from the extensions,
+/// which end where `bytes` do at the latest.
+fn extensions(bytes: &[u8]) -> Result<(u64, Option<Mtime>)> {
+    let mut at = HEADER_LEN as usize;
+    let mut format = None;
+    let mut ours = None;
+    while at + 8 <= bytes.len() {
+        let (kind, len) = (be_u32(bytes, at), be_u32(bytes, at + 4) as usize);
+        let Some(data) = bytes[at + 8..].get(..len) else {
+            return Err(refused(format!(
+                "the header extension at byte {at} is longer than the space for it"
+            )));
+        };
+        match kind {
+            END_OF_EXTENSIONS => break,
+            BACKING_FORMAT => format = Some(data),
+            OURS => ours = Some(data),
+            FULL_DISK_ENCRYPTION | BITMAPS | EXTERNAL_DATA_NAME => {
+                return Err(refused(format!(
+                    "it has features that this filter does not keep up (encryption, bitmaps, \
+                     external data): there is a header extension {kind:#x} at byte {at}"
+                )));
+            }
+            // The names of feature bits, and whatever else may safely be ignored.
+            _ => {}
+        }
+        at += 8 + len.next_multiple_of(8);
+    }
+    let Some(ours) = ours.filter(|data| data.len() == OURS_LEN) else {
+        return Err(refused(
+            "it was not made by this filter: the header extension \"nbco\" is missing",
+        ));
+    };
+    if format != Some(FORMAT_OF_BASE) {
+        return Err(refused(
+            "the format of its backing file is not recorded as raw (header extension 0xe2792aca)",
+        ));
+    }
+    let mtime = (be_u32(ours, 20) != 0).then(|| Mtime {
+        seconds: be_u64(ours, 8) as i64,
+        nanoseconds: be_u32(ours, 16),
+    });
+    Ok((be_u64(ours, 0), mtime))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(disk_size: u64, block: u64) -> Header {
+        let block_size = BlockSize::new(block).expect("a block size");
+        Header {
+            layout: Layout::new(disk_size, block_size).expect("fits"),
+            backing: b"disk.img".to_vec(),
+            mtime: Some(Mtime {
+                seconds: -5,
+                nanoseconds: 7,
+            }),
+        }
+    }
+
+    fn padded(header: &Header) -> Vec<u8> {
+        let mut bytes = header.to_bytes();
+        bytes.resize(16 << 10, 0);
+        bytes
+    }
+
+    fn refusal(bytes: &[u8]) -> String {
+        Header::from_bytes(bytes).expect_err("damaged").to_string()
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        for size in [0, 1, 512, 1 << 30, (1 << 40) + 513] {
+            for block in [512, 4096, 65536] {
+                let mut header = header(size, block);
+                assert_eq!(Header::from_bytes(&padded(&header)).expect("ours"), header);
+                header.mtime = None;
+                header.backing = vec![b'x'; MAX_BACKING_NAME];
+                assert_eq!(Header::from_bytes(&padded(&header)).expect("ours"), header);
+            }
+        }
+    }
+
+    #[test]
+    fn every_field_is_checked() {
+        let header = header(10 << 20, 4096);
+        let good = padded(&header);
+        let fields: &[(usize, usize)] = &[
+            (0, 4),
+            (4, 4),
+            (20, 4),
+            (24, 8),
+            (32, 4),
+            (36, 4),
+            (40, 8),
+            (48, 8),
+            (56, 4),
+            (60, 4),
+            (64, 8),
+            (72, 8),
+            (80, 8),
+            (88, 8),
+            (96, 4),
+            (100, 4),
+            (104, 8),
+        ];
+        for &(at, len) in fields {
+            let value = good[at..at + len]
+                .iter()
+                .fold(0u64, |n, b| n << 8 | u64::from(*b));
+            for bad in [
+                0,
+                u64::MAX >> (64 - 8 * len),
+                value.wrapping_add(1),
+                value.wrapping_sub(1),
+            ] {
+                let mut bytes = good.clone();
+                bytes[at..at + len].copy_from_slice(&bad.to_be_bytes()[8 - len..]);
+                if bytes != good {
+                    assert!(!refusal(&bytes).is_empty(), "byte {at}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn truncated_headers_are_refused() {
+        let good = padded(&header(10 << 20, 4096));
+        let end = header(10 << 20, 4096).to_bytes().len();
+        for len in 0..end {
+            refusal(&good[..len]);
+        }
+    }
+
+    #[test]
+    fn messages_say_what_to_do() {
+        let good = padded(&header(10 << 20, 4096));
+        let with = |at: usize, byte: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = byte;
+            refusal(&bytes)
+        };
+        assert!(with(0, 0).contains("no qcow2 image"));
+        assert!(with(79, 0x11).contains("qemu-img check"));
+        assert!(with(79, 0x12).contains("corrupt"));
+        assert!(with(63, 1).contains("snapshot -d"));
+        assert!(with(31, 1).contains("resized"));
+    }
+}
