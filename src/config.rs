@@ -3,8 +3,9 @@
 //! Sizes and booleans are spelled as everywhere else in nbdkit; a user must not
 //! have to learn that one filter wants `64KiB` where the others want `64K`.
 
-use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{self, Path, PathBuf};
 
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
@@ -41,9 +42,54 @@ impl OnRead {
     }
 }
 
+/// What QEMU is to find the base by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backing {
+    /// A file's absolute path.
+    File(PathBuf),
+    /// Anything else: a URI, or another name with a protocol.
+    Name(OsString),
+}
+
+impl Backing {
+    /// Takes a name as QEMU does: one with a colon before the first slash has a
+    /// protocol, all others are paths.
+    pub fn parse(name: &OsStr) -> Self {
+        let bytes = name.as_bytes();
+        let end = bytes.iter().position(|b| *b == b'/').unwrap_or(bytes.len());
+        if bytes[..end].contains(&b':') {
+            Backing::Name(name.to_owned())
+        } else {
+            Backing::File(absolute(Path::new(name)))
+        }
+    }
+
+    pub fn as_os_str(&self) -> &OsStr {
+        match self {
+            Backing::File(path) => path.as_os_str(),
+            Backing::Name(name) => name,
+        }
+    }
+}
+
+/// The `file=` parameters of the layers below.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum FilesBelow {
+    #[default]
+    None,
+    One(PathBuf),
+    /// Of a plugin that puts a disk together from several: none is the base.
+    Several,
+}
+
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Config {
+    /// The image to keep what is written in; an absolute path.
+    pub overlay: Option<PathBuf>,
+    /// `cow-backing`.
+    pub backing: Option<Backing>,
+    pub files_below: FilesBelow,
     /// `None`: that of the overlay's file system.
     pub block_size: Option<BlockSize>,
     pub on_cache: bool,
@@ -63,9 +109,24 @@ cow-on-read=BOOL|/PATH   true: reads copy data of the plugin into the overlay;
                          /PATH: only while that path exists (default: false).
 cow-scope=SCOPE          export: one overlay for each export name; connection:
                          a fresh one for each connection (default: export).
+cow-overlay=FILE         Keep what is written in this qcow2 image, a diff to
+                         the plugin's disk; go on with it if it exists
+                         (default: a temporary file).
+cow-backing=NAME         The name of the disk below that the image records: a
+                         file or a URI (default: the plugin's file=).
 cow-serialize=BOOL       true: handle one request at a time (default: false).";
 
 impl Config {
+    /// What to record as the base's name: what was given, else the one file that
+    /// the layers below were given.
+    pub fn backing(&self) -> Option<Backing> {
+        match (&self.backing, &self.files_below) {
+            (Some(backing), _) => Some(backing.clone()),
+            (None, FilesBelow::One(path)) => Some(Backing::File(path.clone())),
+            (None, FilesBelow::None | FilesBelow::Several) => None,
+        }
+    }
+
     /// Takes a parameter. `Ok(false)`: the key is none of ours.
     pub fn set(&mut self, key: &str, value: &OsStr) -> Result<bool> {
         // A path may be any bytes; nothing that is not UTF-8 is right elsewhere,
@@ -102,10 +163,29 @@ impl Config {
                 };
             }
             "cow-serialize" => self.serialize = parse_bool(key, value)?,
+            "cow-overlay" | "cow-backing" if value.is_empty() => {
+                return Err(refused(key, value, "the name of a file"));
+            }
+            "cow-overlay" => self.overlay = Some(absolute(path)),
+            "cow-backing" => self.backing = Some(Backing::parse(path.as_os_str())),
+            "file" => {
+                self.files_below = match self.files_below {
+                    FilesBelow::None => FilesBelow::One(absolute(path)),
+                    FilesBelow::One(_) | FilesBelow::Several => FilesBelow::Several,
+                };
+                return Ok(false);
+            }
             _ => return Ok(false),
         }
         Ok(true)
     }
+}
+
+/// nbdkit changes its directory to `/` when it goes into the background.
+fn absolute(path: &Path) -> PathBuf {
+    // It fails for an empty path, or where there is no current directory: opening
+    // the file will tell.
+    path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 fn refused(key: &str, value: &str, allowed: &str) -> Error {
@@ -154,7 +234,6 @@ fn parse_size(value: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::ffi::OsStrExt;
 
     fn config(pairs: &[(&str, &str)]) -> Config {
         let mut config = Config::default();
@@ -272,7 +351,7 @@ mod tests {
     #[test]
     fn a_key_that_is_not_ours_is_left_to_the_next_layer() {
         let mut config = Config::default();
-        for key in ["file", "cow", "cow-", "cow-block-size ", "COW-SCOPE"] {
+        for key in ["dir", "cow", "cow-", "cow-block-size ", "COW-SCOPE"] {
             assert!(
                 !config.set(key, "1".as_ref()).expect("not looked at"),
                 "{key}"
@@ -290,6 +369,8 @@ mod tests {
             "cow-on-read",
             "cow-scope",
             "cow-serialize",
+            "cow-overlay",
+            "cow-backing",
         ] {
             assert!(help.contains(&format!("{key}=")), "{key}");
         }

@@ -8,12 +8,15 @@
 use std::ffi::{CStr, CString};
 use std::sync::Arc;
 
+use nix::unistd::{Uid, geteuid};
+
 use crate::base::{Base, Extent};
 use crate::block::BlockSize;
 use crate::config::{Config, ScopeKind};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::overlay::kept::Kept;
 use crate::overlay::scope::Scope;
-use crate::overlay::{Directory, Overlay, TemporaryStore, Zeroing};
+use crate::overlay::{Directory, Files, Overlay, TemporaryStore, Zeroing};
 
 /// Block-size advice to clients, in bytes (NBD_INFO_BLOCK_SIZE).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,29 +32,55 @@ const MAX_PREFERRED: u64 = 32 << 20;
 /// What all connections share.
 pub struct Filter {
     config: Config,
-    block_size: BlockSize,
-    directory: Arc<Directory>,
-    scope: Scope<TemporaryStore>,
-    user: nix::unistd::Uid,
+    overlays: Overlays,
+    user: Uid,
+}
+
+/// Where what is written goes.
+enum Overlays {
+    Temporary {
+        block_size: BlockSize,
+        directory: Arc<Directory>,
+        scope: Scope<Files>,
+    },
+    Kept(Kept),
 }
 
 impl Filter {
-    /// Fails if the directory of the overlay is not fit for it.
+    /// Fails if the directory of the overlay, or the image that is to be one, is not
+    /// fit for it.
     pub fn new(config: Config) -> Result<Self> {
+        log::debug!("{config:?}");
+        let overlays = match &config.overlay {
+            Some(path) => Overlays::Kept(Kept::start(path, &config)?),
+            None if config.backing.is_some() => {
+                return Err(Error::new(
+                    libc::EINVAL,
+                    "cow-backing is of no use without cow-overlay",
+                ));
+            }
+            None => Self::temporary(&config)?,
+        };
+        Ok(Filter {
+            overlays,
+            config,
+            user: geteuid(),
+        })
+    }
+
+    fn temporary(config: &Config) -> Result<Overlays> {
         let directory = Directory::from_environment()?;
         let block_size = config
             .block_size
             .unwrap_or_else(|| directory.default_block_size());
         log::debug!(
-            "overlays in {}, block size {block_size}, {config:?}",
+            "overlays in {}, block size {block_size}",
             directory.path().display()
         );
-        Ok(Filter {
+        Ok(Overlays::Temporary {
             block_size,
             directory: Arc::new(directory),
             scope: Scope::new(config.scope),
-            config,
-            user: nix::unistd::geteuid(),
         })
     }
 
@@ -59,27 +88,61 @@ impl Filter {
     /// since [`Filter::new`]. One overlay file is there already and will do for
     /// most, so that this user can make no others is only worth a warning.
     pub fn recheck(&self) {
-        if nix::unistd::geteuid() == self.user {
+        let Overlays::Temporary { directory, .. } = &self.overlays else {
+            return;
+        };
+        if geteuid() == self.user {
             return;
         }
-        if let Err(e) = Directory::open(self.directory.path()) {
+        if let Err(e) = Directory::open(directory.path()) {
             log::warn!("only one overlay file can be had: as the user that nbdkit is now, {e}");
+        }
+    }
+
+    /// Tells before any client connects whether the overlay that is kept fits the
+    /// base; `size` asks the base for its size in bytes.
+    pub fn check_base(&self, size: impl FnOnce() -> Result<u64>) -> Result<()> {
+        let Overlays::Kept(kept) = &self.overlays else {
+            return Ok(());
+        };
+        match size() {
+            Ok(size) => kept.prepare(size),
+            Err(e) => {
+                // A plugin may have no default export: the first client will see.
+                log::debug!("the size of the disk is not known before a client connects: {e}");
+                Ok(())
+            }
         }
     }
 
     /// A connection to `export`, whose base has `size` bytes.
     /// EINVAL if its overlay was made for another size.
     pub fn connect(&self, export: &CStr, size: u64) -> Result<Connection<'_>> {
-        let overlay = self.scope.overlay(export, size, || {
-            log::debug!("new overlay for export {export:?} of {size} bytes");
-            let store = TemporaryStore::new(Arc::clone(&self.directory), size);
-            Overlay::new(size, self.block_size, store)
-        })?;
+        let overlay = match &self.overlays {
+            Overlays::Temporary {
+                block_size,
+                directory,
+                scope,
+            } => scope.overlay(export, size, || {
+                log::debug!("new overlay for export {export:?} of {size} bytes");
+                let store = TemporaryStore::new(Arc::clone(directory), size);
+                Overlay::new(size, *block_size, Files::Temporary(store))
+            })?,
+            Overlays::Kept(kept) => kept.connect(export, size)?,
+        };
         Ok(Connection {
             filter: self,
             export: export.to_owned(),
             overlay,
         })
+    }
+
+    /// Makes safe what is to be kept, when the last client is gone.
+    pub fn finish(&self) -> Result<()> {
+        match &self.overlays {
+            Overlays::Temporary { .. } => Ok(()),
+            Overlays::Kept(kept) => kept.finish(),
+        }
     }
 }
 
@@ -87,7 +150,7 @@ impl Filter {
 pub struct Connection<'a> {
     filter: &'a Filter,
     export: CString,
-    overlay: Arc<Overlay<TemporaryStore>>,
+    overlay: Arc<Overlay<Files>>,
 }
 
 impl Connection<'_> {
@@ -103,7 +166,7 @@ impl Connection<'_> {
 
     /// The advice to the client, given that of the layer below (`None`: it has none).
     pub fn advice(&self, below: Option<Advice>) -> Advice {
-        advice(self.filter.block_size, below)
+        advice(self.overlay.block_size(), below)
     }
 
     pub fn read(&self, base: &impl Base, buf: &mut [u8], offset: u64) -> Result<()> {
@@ -112,26 +175,36 @@ impl Connection<'_> {
         self.overlay.read(base, buf, offset, copy)
     }
 
-    pub fn write(&self, base: &impl Base, buf: &[u8], offset: u64) -> Result<()> {
-        log::trace!("request: write {} bytes at {offset}", buf.len());
-        self.overlay.write(base, buf, offset)
+    /// With `fua`, here and below: what was written is safe from power loss, where
+    /// it is kept at all.
+    pub fn write(&self, base: &impl Base, buf: &[u8], offset: u64, fua: bool) -> Result<()> {
+        log::trace!("request: write {} bytes at {offset}, fua={fua}", buf.len());
+        self.overlay.write(base, buf, offset)?;
+        self.flush_if(fua)
     }
 
-    pub fn zero(&self, base: &impl Base, offset: u64, len: u64, how: Zeroing) -> Result<()> {
-        log::trace!("request: zero {len} bytes at {offset}, {how:?}");
-        self.overlay.zero(base, offset, len, how)
+    pub fn zero(
+        &self,
+        base: &impl Base,
+        offset: u64,
+        len: u64,
+        how: Zeroing,
+        fua: bool,
+    ) -> Result<()> {
+        log::trace!("request: zero {len} bytes at {offset}, {how:?}, fua={fua}");
+        self.overlay.zero(base, offset, len, how)?;
+        self.flush_if(fua)
     }
 
-    pub fn trim(&self, base: &impl Base, offset: u64, len: u64) -> Result<()> {
-        log::trace!("request: trim {len} bytes at {offset}");
-        self.overlay.zero(base, offset, len, Zeroing::Trim)
+    fn flush_if(&self, fua: bool) -> Result<()> {
+        if fua { self.overlay.flush() } else { Ok(()) }
     }
 
-    /// Nothing is left to do: a temporary overlay need not survive anything, and
-    /// all connections see what was written.
+    /// Covers what all connections have written. (A temporary overlay need not
+    /// survive anything: nothing is left to do.)
     pub fn flush(&self) -> Result<()> {
         log::trace!("request: flush");
-        Ok(())
+        self.overlay.flush()
     }
 
     pub fn cache(&self, base: &impl Base, offset: u64, len: u64) -> Result<()> {
@@ -154,7 +227,9 @@ impl Connection<'_> {
 
 impl Drop for Connection<'_> {
     fn drop(&mut self) {
-        self.filter.scope.leave(&self.export, &self.overlay);
+        if let Overlays::Temporary { scope, .. } = &self.filter.overlays {
+            scope.leave(&self.export, &self.overlay);
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::ptr;
 use std::slice;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::next::{Capabilities, Next};
+use super::next::{self, Capabilities, Next};
 use super::{extents, guard, log, sys};
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
@@ -149,9 +149,17 @@ callback! { plain get_ready(_thread_model: c_int) -> c_int, or -1, {
     Ok(0)
 } }
 
-callback! { plain after_fork(_backend: *mut sys::nbdkit_backend) -> c_int, or -1, {
-    filter()?.recheck();
+callback! { plain after_fork(backend: *mut sys::nbdkit_backend) -> c_int, or -1, {
+    let filter = filter()?;
+    filter.recheck();
+    // SAFETY: nbdkit passes the layer below.
+    filter.check_base(|| unsafe { next::size_before_connections(backend) })?;
     Ok(0)
+} }
+
+callback! { plain unload() -> (), or (), {
+    // Without a filter, nbdkit ends before it has served anything.
+    FILTER.get().map_or(Ok(()), Filter::finish)
 } }
 
 /// The parameter that *thread_model* has in newer headers, and has not in
@@ -269,35 +277,42 @@ callback! { request pread(
     connection.read(base, buf, offset)
 } }
 
+fn has(flags: u32, flag: c_int) -> bool {
+    flags & flag as u32 != 0
+}
+
+fn fua(flags: u32) -> bool {
+    has(flags, sys::NBDKIT_FLAG_FUA)
+}
+
 callback! { request pwrite(
-    connection, base, buf: *const c_void, count: u32, offset: u64, _flags: u32
+    connection, base, buf: *const c_void, count: u32, offset: u64, flags: u32
 ), {
     // SAFETY: nbdkit passes a buffer of `count` bytes, which nobody changes.
     let buf = unsafe { slice::from_raw_parts(buf.cast::<u8>(), count as usize) };
-    connection.write(base, buf, offset)
+    connection.write(base, buf, offset, fua(flags))
 } }
 
 callback! { request flush(connection, _base, _flags: u32), {
     connection.flush()
 } }
 
-callback! { request trim(connection, base, count: u32, offset: u64, _flags: u32), {
-    connection.trim(base, offset, count.into())
+callback! { request trim(connection, base, count: u32, offset: u64, flags: u32), {
+    connection.zero(base, offset, count.into(), Zeroing::Trim, fua(flags))
 } }
 
 callback! { request zero(connection, base, count: u32, offset: u64, flags: u32), {
-    let has = |flag: c_int| flags & flag as u32 != 0;
     let how = Zeroing::Zero {
-        may_trim: has(sys::NBDKIT_FLAG_MAY_TRIM),
-        fast: has(sys::NBDKIT_FLAG_FAST_ZERO),
+        may_trim: has(flags, sys::NBDKIT_FLAG_MAY_TRIM),
+        fast: has(flags, sys::NBDKIT_FLAG_FAST_ZERO),
     };
-    connection.zero(base, offset, count.into(), how)
+    connection.zero(base, offset, count.into(), how, fua(flags))
 } }
 
 callback! { request get_extents(
     connection, base, count: u32, offset: u64, flags: u32, list: *mut sys::nbdkit_extents
 ), {
-    let only_first = flags & sys::NBDKIT_FLAG_REQ_ONE as u32 != 0;
+    let only_first = has(flags, sys::NBDKIT_FLAG_REQ_ONE);
     let found = connection.extents(base, offset, count.into(), only_first)?;
     // SAFETY: `list` is the one of this request.
     unsafe { extents::add(list, &found) }
@@ -323,6 +338,7 @@ pub extern "C" fn filter_init() -> *mut sys::nbdkit_filter {
         description: c"Writes go to an overlay; the plugin is only read.".as_ptr(),
         config_help: config::HELP.as_ptr(),
         load: Some(load),
+        unload: Some(unload),
         config: Some(set_config),
         get_ready: Some(get_ready),
         after_fork: Some(after_fork),

@@ -71,7 +71,8 @@ impl Directory {
         Self::try_out(absolute).map_err(refused)
     }
 
-    fn try_out(path: PathBuf) -> io::Result<Self> {
+    /// Tries out the directory with this absolute path.
+    pub fn try_out(path: PathBuf) -> io::Result<Self> {
         let largest = largest_file()?;
         let file = unnamed_file(&path)?;
         file.write_all_at(&[1], 0)?;

@@ -177,26 +177,63 @@ impl BlockMap {
         })
     }
 
-    /// Makes `blocks` *data*. Their bytes are in the file: invariant 3.
+    /// Makes `blocks` *data*, and tells whether that changed anything. Their bytes
+    /// are in the file: invariant 3.
     /// ENOMEM if the map can't grow; some of the blocks may be *data* by then.
-    pub fn set_data(&self, blocks: &Range<BlockNum>) -> Result<()> {
+    pub fn set_data(&self, blocks: &Range<BlockNum>) -> Result<bool> {
         self.update(blocks, None, |word, mask| {
             (word | mask) & !(mask << BLOCKS_PER_WORD)
         })
     }
 
-    /// Makes `blocks` *zero*, whatever they were. ENOMEM as for [`BlockMap::set_data`].
-    pub fn set_zero(&self, blocks: &Range<BlockNum>) -> Result<()> {
+    /// Makes `blocks` *zero*, whatever they were. The rest as for [`BlockMap::set_data`].
+    pub fn set_zero(&self, blocks: &Range<BlockNum>) -> Result<bool> {
         self.update(blocks, Some(ZEROED), |word, mask| {
             (word & !mask) | (mask << BLOCKS_PER_WORD)
         })
     }
 
-    /// Makes those of `blocks` that are *base* into *zero*. ENOMEM as for [`BlockMap::set_data`].
-    pub fn set_zero_unless_data(&self, blocks: &Range<BlockNum>) -> Result<()> {
+    /// Makes those of `blocks` that are *base* into *zero*. The rest as for
+    /// [`BlockMap::set_data`].
+    pub fn set_zero_unless_data(&self, blocks: &Range<BlockNum>) -> Result<bool> {
         self.update(blocks, Some(ZEROED), |word, mask| {
             word | ((mask & !word) << BLOCKS_PER_WORD)
         })
+    }
+
+    /// The word that has the states of 32 blocks from `32 * index` on. Blocks that
+    /// the disk does not have may be in any state.
+    pub fn word(&self, index: u64) -> u64 {
+        let block = index * BLOCKS_PER_WORD;
+        match self.lookup(block).0 {
+            Slot::Untouched => 0,
+            Slot::Zeroed => ALL_ZERO,
+            Slot::Leaf(leaf) => leaf.word(block).load(Ordering::Acquire),
+        }
+    }
+
+    /// Fills a map to which nothing was written yet: `words` are those from number
+    /// `first` on, which begins a leaf. ENOMEM if the map can't grow.
+    pub fn load(&self, first: u64, words: &[u64]) -> Result<()> {
+        debug_assert_eq!(first % WORDS_PER_LEAF, 0);
+        let leaves = words.chunks(WORDS_PER_LEAF as usize);
+        for (first, words) in (first..).step_by(WORDS_PER_LEAF as usize).zip(leaves) {
+            if words.iter().all(|word| *word == 0) {
+                continue;
+            }
+            let first = first * BLOCKS_PER_WORD;
+            let slot = self.leaf_slot(first)?;
+            let is_zeroed =
+                words.len() as u64 == WORDS_PER_LEAF && words.iter().all(|word| *word == ALL_ZERO);
+            if is_zeroed && mark_slot(slot, ZEROED).is_some() {
+                continue;
+            }
+            let leaf = leaf_of(slot)?;
+            for (place, word) in leaf.0.iter().zip(words) {
+                place.store(*word, Ordering::Release);
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, blocks: &Range<BlockNum>) -> Result<()> {
@@ -244,31 +281,34 @@ impl BlockMap {
     }
 
     /// Applies `f(word, mask)` to every word that has blocks of `blocks`, where
-    /// `mask` has their `data` bits. A leaf that lies in `blocks` as a whole and
-    /// does not exist yet becomes `whole_leaf` instead, where that is given.
+    /// `mask` has their `data` bits, and tells whether a word changed. A leaf that
+    /// lies in `blocks` as a whole and does not exist yet becomes `whole_leaf`
+    /// instead, where that is given.
     fn update(
         &self,
         blocks: &Range<BlockNum>,
         whole_leaf: Option<*mut u8>,
         f: impl Fn(u64, u64) -> u64,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         self.check(blocks)?;
+        let mut changed = false;
         let (mut at, end) = (blocks.start.0, blocks.end.0);
         while at < end {
             let slot = self.leaf_slot(at)?;
             let leaf_end = (at / BLOCKS_PER_LEAF + 1) * BLOCKS_PER_LEAF;
             let limit = end.min(leaf_end);
-            let is_marked = whole_leaf.is_some_and(|mark| {
-                at % BLOCKS_PER_LEAF == 0
-                    && (limit == leaf_end || limit == self.blocks)
-                    && mark_slot(slot, mark)
-            });
-            if !is_marked {
-                leaf_of(slot)?.update(at, limit, &f);
-            }
+            let is_whole = at % BLOCKS_PER_LEAF == 0 && (limit == leaf_end || limit == self.blocks);
+            let marked = match whole_leaf {
+                Some(mark) if is_whole => mark_slot(slot, mark),
+                _ => None,
+            };
+            changed |= match marked {
+                Some(changed) => changed,
+                None => leaf_of(slot)?.update(at, limit, &f),
+            };
             at = limit;
         }
-        Ok(())
+        Ok(changed)
     }
 
     /// The slot of the lowest level for `block`; nodes on the way there are made.
@@ -293,11 +333,12 @@ fn slot_index(block: u64, shift: u32) -> usize {
     ((block / BLOCKS_PER_LEAF) >> shift) as usize % SLOTS
 }
 
-/// Puts `mark` into a slot that has no leaf; false if it has one.
-fn mark_slot(slot: &AtomicPtr<u8>, mark: *mut u8) -> bool {
+/// Puts `mark` into a slot that has no leaf, and tells whether that changed it;
+/// `None` if it has one.
+fn mark_slot(slot: &AtomicPtr<u8>, mark: *mut u8) -> Option<bool> {
     match slot.compare_exchange(ptr::null_mut(), mark, Ordering::AcqRel, Ordering::Acquire) {
-        Ok(_) => true,
-        Err(present) => present == mark,
+        Ok(_) => Some(true),
+        Err(present) => (present == mark).then_some(false),
     }
 }
 
@@ -392,7 +433,8 @@ impl Leaf {
         (state, at.min(end))
     }
 
-    fn update(&self, mut at: u64, end: u64, f: impl Fn(u64, u64) -> u64) {
+    fn update(&self, mut at: u64, end: u64, f: impl Fn(u64, u64) -> u64) -> bool {
+        let mut changed = false;
         while at < end {
             let bit = at % BLOCKS_PER_WORD;
             let count = (BLOCKS_PER_WORD - bit).min(end - at);
@@ -405,7 +447,10 @@ impl Leaf {
             while new != old {
                 // Release: invariant 3.
                 match word.compare_exchange_weak(old, new, Ordering::Release, Ordering::Relaxed) {
-                    Ok(_) => break,
+                    Ok(_) => {
+                        changed = true;
+                        break;
+                    }
                     Err(present) => {
                         old = present;
                         new = f(old, mask);
@@ -414,6 +459,7 @@ impl Leaf {
             }
             at += count;
         }
+        changed
     }
 }
 
@@ -474,9 +520,9 @@ mod tests {
             let bad = BlockNum(start)..BlockNum(end);
             for result in [
                 map.run(&bad).map(|_| ()),
-                map.set_data(&bad),
-                map.set_zero(&bad),
-                map.set_zero_unless_data(&bad),
+                map.set_data(&bad).map(drop),
+                map.set_zero(&bad).map(drop),
+                map.set_zero_unless_data(&bad).map(drop),
             ] {
                 assert_eq!(result.expect_err("out of range").errno(), libc::EINVAL);
             }

@@ -69,6 +69,7 @@
 
 mod directory;
 mod extents;
+pub mod kept;
 mod map;
 pub mod scope;
 mod store;
@@ -80,7 +81,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use directory::Directory;
 pub use map::State;
-pub use store::{Store, TemporaryStore};
+pub use store::{Files, Store, TemporaryStore};
 pub use zero::Zeroing;
 
 use crate::base::Base;
@@ -129,9 +130,25 @@ impl<S: Store> Overlay<S> {
         }
     }
 
+    /// The same overlay over what `wrap` makes of its store.
+    fn map_store<T>(self, wrap: impl FnOnce(S) -> T) -> Overlay<T> {
+        Overlay {
+            size: self.size,
+            block_size: self.block_size,
+            map: self.map,
+            stripes: self.stripes,
+            store: wrap(self.store),
+            has_strays: self.has_strays,
+        }
+    }
+
     /// The disk's size in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    pub fn block_size(&self) -> BlockSize {
+        self.block_size
     }
 
     /// Whether every block is *base*.
@@ -254,7 +271,7 @@ impl<S: Store> Overlay<S> {
         if matches!(new, New::Zeroes { may_trim: false }) {
             // The client wants the space: a block that is all zeroes is stored too.
             self.change(|store| store.write(&block_bytes, whole.start))?;
-            return self.map.set_data(&blocks);
+            return self.publish(&blocks, BlockMap::set_data);
         }
         self.store_blocks(&blocks, &block_bytes)
     }
@@ -287,9 +304,9 @@ impl<S: Store> Overlay<S> {
             if stored {
                 let part = self.bytes_of(&run);
                 self.change(|store| store.write(&bytes[part.in_buffer(origin)], part.start))?;
-                self.map.set_data(&run)?;
+                self.publish(&run, BlockMap::set_data)?;
             } else {
-                self.map.set_zero_unless_data(&run)?;
+                self.publish(&run, BlockMap::set_zero_unless_data)?;
             }
             start = end;
         }
@@ -353,6 +370,20 @@ impl<S: Store> Overlay<S> {
             self.fill(chunk, bytes)?;
         }
         Ok(())
+    }
+
+    /// Changes the states of `blocks` by `set`, one of those of the block map.
+    fn publish(
+        &self,
+        blocks: &Range<BlockNum>,
+        set: impl Fn(&BlockMap, &Range<BlockNum>) -> Result<bool>,
+    ) -> Result<()> {
+        self.store.publish(blocks, |part| set(&self.map, part))
+    }
+
+    /// Makes what was written before safe from power loss, where the store keeps it.
+    pub fn flush(&self) -> Result<()> {
+        self.store.flush(&|word| self.map.word(word))
     }
 
     /// Makes a change to the store, and remembers if it failed.

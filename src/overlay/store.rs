@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
@@ -21,7 +21,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::directory::Directory;
-use crate::block::ByteRange;
+use super::kept::KeptStore;
+use crate::block::{BlockNum, ByteRange};
 use crate::error::{Error, Result};
 
 /// Where an overlay keeps its bytes. A trait, so that tests can make each
@@ -43,6 +44,75 @@ pub trait Store: Send + Sync {
 
     /// Whether [`Store::zero_range`] works here.
     fn can_zero_range(&self) -> bool;
+
+    /// Has `change` change the states of `blocks` in the block map, as a whole or in
+    /// parts, one after the other. It tells whether there was anything to change.
+    ///
+    /// A store that keeps what is written must know what has changed since the last
+    /// flush; one that doesn't has nothing to do.
+    fn publish(
+        &self,
+        blocks: &Range<BlockNum>,
+        change: impl Fn(&Range<BlockNum>) -> Result<bool>,
+    ) -> Result<()> {
+        change(blocks).map(drop)
+    }
+
+    /// Makes what was written before safe from power loss, if the store is kept at
+    /// all. `word` looks a word of the block map up, by its number.
+    fn flush(&self, _word: &dyn Fn(u64) -> u64) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The store of a filter: of either kind, so that one kind of overlay serves both.
+pub enum Files {
+    Temporary(TemporaryStore),
+    Kept(KeptStore<File>),
+}
+
+/// Calls the store that there is.
+macro_rules! either {
+    ($files:expr, $store:ident => $call:expr) => {
+        match $files {
+            Files::Temporary($store) => $call,
+            Files::Kept($store) => $call,
+        }
+    };
+}
+
+impl Store for Files {
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        either!(self, store => store.read(buf, offset))
+    }
+
+    fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
+        either!(self, store => store.write(buf, offset))
+    }
+
+    fn punch(&self, range: ByteRange) -> Result<bool> {
+        either!(self, store => store.punch(range))
+    }
+
+    fn zero_range(&self, range: ByteRange) -> Result<bool> {
+        either!(self, store => store.zero_range(range))
+    }
+
+    fn can_zero_range(&self) -> bool {
+        either!(self, store => store.can_zero_range())
+    }
+
+    fn publish(
+        &self,
+        blocks: &Range<BlockNum>,
+        change: impl Fn(&Range<BlockNum>) -> Result<bool>,
+    ) -> Result<()> {
+        either!(self, store => store.publish(blocks, change))
+    }
+
+    fn flush(&self, word: &dyn Fn(u64) -> u64) -> Result<()> {
+        either!(self, store => store.flush(word))
+    }
 }
 
 /// So many segments are found without a lock: 512 TiB of disk, where a file may

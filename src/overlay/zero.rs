@@ -7,6 +7,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+use super::map::BlockMap;
 use super::{New, Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
@@ -125,7 +126,7 @@ impl<S: Store> Overlay<S> {
         } else {
             self.stored(&blocks)?
         };
-        self.map.set_zero(&blocks)?;
+        self.publish(&blocks, BlockMap::set_zero)?;
         if let Some(hole) = hole {
             // Where there is no hole punching the map alone says it.
             self.change(|store| store.punch(self.bytes_of(&hole)))?;
@@ -152,7 +153,7 @@ impl<S: Store> Overlay<S> {
         if !self.change(|store| store.zero_range(bytes))? {
             self.write_zeroes(bytes)?;
         }
-        self.map.set_data(&blocks)
+        self.publish(&blocks, BlockMap::set_data)
     }
 
     /// Writes zeroes to the store; publishes nothing.
