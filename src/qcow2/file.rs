@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
@@ -23,6 +23,10 @@ pub trait ImageFile: Send + Sync {
 
     /// All that was written before is safe from power loss when this returns.
     fn sync(&self) -> io::Result<()>;
+
+    /// Writes `buf`, and nothing but `buf` has to be safe from power loss when this
+    /// returns. An error may be that of a sync.
+    fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()>;
 
     /// Makes a hole. `false`: can't be done here, and nothing has changed.
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool>;
@@ -52,6 +56,35 @@ impl ImageFile for File {
         self.sync_data()
     }
 
+    fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let (mut rest, mut at) = (buf, file_offset(offset)?);
+        while !rest.is_empty() {
+            let slice = libc::iovec {
+                iov_base: rest.as_ptr().cast_mut().cast(),
+                iov_len: rest.len(),
+            };
+            // SAFETY: the descriptor is open, and one slice is passed, that of `rest`,
+            // which is only read.
+            let written =
+                unsafe { libc::pwritev2(self.as_raw_fd(), &slice, 1, at, libc::RWF_DSYNC) };
+            match Errno::result(written) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    rest = &rest[written as usize..];
+                    at += written as i64;
+                }
+                Err(Errno::EINTR) => {}
+                // An old kernel, or a file system that does not know the flag.
+                Err(Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL) => {
+                    self.write_all_at(buf, offset)?;
+                    return self.sync_data();
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         change_space(self, flags, offset, len)
@@ -62,10 +95,14 @@ impl ImageFile for File {
     }
 }
 
+/// As the system calls want it.
+fn file_offset(n: u64) -> io::Result<i64> {
+    i64::try_from(n).map_err(|_| Errno::EFBIG.into())
+}
+
 /// fallocate(2). `false` where the file system can't do that.
 pub fn change_space(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
-    let number = |n| i64::try_from(n).map_err(|_| io::Error::from(Errno::EFBIG));
-    let (offset, len) = (number(offset)?, number(len)?);
+    let (offset, len) = (file_offset(offset)?, file_offset(len)?);
     loop {
         match fallocate(file.as_fd(), flags, offset, len) {
             Ok(()) => return Ok(true),

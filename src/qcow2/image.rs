@@ -15,7 +15,7 @@
 //! 2. writes a refcount of 1 for each that has data and had none;
 //! 3. syncs: the data that the words speak of, and the refcounts;
 //! 4. writes the L2 entries;
-//! 5. syncs;
+//! 5. syncs (those entries, at least);
 //! 6. writes a refcount of 0 for each that has no data any more.
 //!
 //! Whatever of it a crash leaves undone:
@@ -47,6 +47,7 @@
 //! data take their stripe before a shard, a flush takes no stripe.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -141,7 +142,10 @@ impl<F: ImageFile> Image<F> {
             .repeat(layout.metadata_clusters() as usize);
         image.write_at(&ones, layout.refcount_blocks)?;
         image.write_at(&be(&mut layout.l1_entries()), layout.l1)?;
-        image.sync()?;
+        image
+            .file
+            .sync()
+            .map_err(|e| image.error(e, "syncing it"))?;
         Ok(image)
     }
 
@@ -200,7 +204,7 @@ impl<F: ImageFile> Image<F> {
         refusal(&self.path, what)
     }
 
-    fn error(&self, source: std::io::Error, tried: &str) -> Error {
+    fn error(&self, source: io::Error, tried: &str) -> Error {
         Error::io(
             source,
             format!("{tried} (cow-overlay={})", self.path.display()),
@@ -212,12 +216,6 @@ impl<F: ImageFile> Image<F> {
             let tried = format!("writing {} bytes of tables at {offset:#x}", bytes.len());
             self.error(e, &tried)
         })
-    }
-
-    fn sync(&self) -> Result<()> {
-        self.file
-            .sync()
-            .map_err(|e| self.error(e, "syncing the overlay"))
     }
 
     /// A table between `start` and `end` must have `wanted`, and nothing else.
@@ -523,15 +521,39 @@ impl<F: ImageFile> Image<F> {
 
         self.count(writer, &seen, true)?;
         self.sync_or_fail(writer)?;
-        for run in runs(&seen) {
+        self.write_entries(writer, &seen)?;
+        self.count(writer, &seen, false)
+    }
+
+    /// Writes the L2 entries; they are safe when this returns.
+    ///
+    /// Where they lie in one piece, that piece alone is synced, and not what other
+    /// requests have written since the first sync: that would be new space, which
+    /// costs the file system a transaction. It is written before without a sync, so
+    /// that an error of the sync is known from one of the write (no space, say),
+    /// after which nothing is lost.
+    fn write_entries(&self, writer: &mut Writer, seen: &[Seen]) -> Result<()> {
+        let mut pieces = runs(seen).map(|run| {
             let bytes: Vec<u8> = run
                 .iter()
                 .flat_map(|seen| self.layout.entry(seen.cluster, seen.word).to_bytes())
                 .collect();
-            self.write_at(&bytes, self.layout.entry_at(run[0].cluster))?;
+            (bytes, self.layout.entry_at(run[0].cluster))
+        });
+        let Some((first, at)) = pieces.next() else {
+            return Ok(());
+        };
+        self.write_at(&first, at)?;
+        let mut is_one = true;
+        for (bytes, at) in pieces {
+            self.write_at(&bytes, at)?;
+            is_one = false;
         }
-        self.sync_or_fail(writer)?;
-        self.count(writer, &seen, false)
+        if !is_one {
+            return self.sync_or_fail(writer);
+        }
+        let synced = self.file.write_synced(&first, at);
+        self.expect_synced(writer, synced)
     }
 
     /// Writes the refcount 1 (`counted`) for those that have data and no refcount,
@@ -555,9 +577,16 @@ impl<F: ImageFile> Image<F> {
     }
 
     fn sync_or_fail(&self, writer: &mut Writer) -> Result<()> {
-        self.sync()
-            .inspect_err(|e| writer.failed = Some(e.to_string()))
-            .map_err(|e| Error::new(libc::EIO, e.to_string()))
+        self.expect_synced(writer, self.file.sync())
+    }
+
+    /// EIO, now and for ever, if a sync has failed.
+    fn expect_synced(&self, writer: &mut Writer, synced: io::Result<()>) -> Result<()> {
+        synced.map_err(|e| {
+            let reason = self.error(e, "syncing the overlay").to_string();
+            writer.failed = Some(reason.clone());
+            Error::new(libc::EIO, reason)
+        })
     }
 }
 
