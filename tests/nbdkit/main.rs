@@ -25,6 +25,8 @@ mod file_systems;
 mod fills;
 mod full;
 mod harness;
+mod kept;
+mod kept_disk;
 mod lifecycle;
 mod logging;
 mod parameters;

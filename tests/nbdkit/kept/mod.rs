@@ -1,0 +1,236 @@
+//! The overlay that is kept, as a user has it: real nbdkit, real clients, and
+//! QEMU's own tools to say whether the image is what it should be.
+
+mod images;
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::harness::command::{Outcome, command, outcome};
+use crate::harness::{Base, Server, Setup, noise, run};
+
+/// What Python finds beside client.py: `Disk`, the model.
+const MODEL: &str = include_str!("model.py");
+
+/// A path of our own making.
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path of our own making")
+}
+
+/// A base, the image beside it that keeps what is written, and a model of both.
+struct Disk {
+    base: Base,
+    block: u64,
+}
+
+impl Disk {
+    fn new(size: u64, block: u64) -> Disk {
+        let base = Base::make(|path| make_base(path, size));
+        let disk = Disk { base, block };
+        // As QEMU sees a file whose size is not a whole number of sectors.
+        let model = disk.model();
+        run(&["cp", "--sparse=always", disk.base.path(), text(&model)]);
+        File::options()
+            .write(true)
+            .open(model)
+            .and_then(|file| file.set_len(size.next_multiple_of(512)))
+            .expect("pad the model");
+        disk
+    }
+
+    fn overlay(&self) -> PathBuf {
+        self.base.directory().join("diff.qcow2")
+    }
+
+    fn model(&self) -> PathBuf {
+        self.base.directory().join("model")
+    }
+
+    /// The plugin and its parameters, for the first nbdkit or a later one.
+    fn plugin(&self, more: &[&str]) -> Vec<String> {
+        let overlay = format!("cow-overlay={}", text(&self.overlay()));
+        let block = format!("cow-block-size={}", self.block);
+        let own = ["file", self.base.path(), &overlay, &block];
+        own.iter()
+            .chain(more)
+            .map(|word| word.to_string())
+            .collect()
+    }
+
+    fn serve_with(&self, setup: &Setup, more: &[&str]) -> Server {
+        let plugin = self.plugin(more);
+        setup.start(&plugin.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn serve(&self) -> Server {
+        self.serve_with(&Setup::new(), &[])
+    }
+
+    /// Runs Python code that has the model in `disk`.
+    fn client(&self, server: &Server, seed: u64, code: &str) -> String {
+        let (block, seed) = (self.block.to_string(), seed.to_string());
+        let first = format!("{MODEL}\ndisk = Disk(h, ARGS[0], int(ARGS[1]), int(ARGS[2]))\n");
+        server.nbdsh_after(&first, &[text(&self.model()), &block, &seed], code)
+    }
+
+    /// What must be true whenever no nbdkit serves the image, after a clean end.
+    fn assert_sound(&self) {
+        let overlay = self.overlay();
+        check(&overlay);
+        compare(&overlay, &self.model());
+        assert_eq!(map(&overlay), self.expected_map(), "size {}", self.size());
+    }
+
+    fn size(&self) -> u64 {
+        fs::metadata(self.base.path()).expect("the base").len()
+    }
+
+    /// As [`map`] should find it, from what the model knows of the blocks.
+    fn expected_map(&self) -> Vec<(u64, u64, State)> {
+        let about = fs::read_to_string(self.model().with_extension("json"));
+        let runs: Vec<(u64, String)> =
+            serde_json::from_str(&about.expect("saved by the client")).expect("runs");
+        let end = self.size().next_multiple_of(512);
+        let starts = runs
+            .iter()
+            .map(|run| run.0 * self.block)
+            .collect::<Vec<_>>();
+        let ends = starts.iter().copied().skip(1).chain([end]);
+        let states = runs.iter().map(|run| match run.1.as_str() {
+            "base" => State::Base,
+            "data" => State::Data,
+            "zero" => State::Zero,
+            other => panic!("no state: {other}"),
+        });
+        starts
+            .iter()
+            .zip(ends)
+            .zip(states)
+            .map(|((start, end), state)| (*start, end - start, state))
+            .collect()
+    }
+}
+
+/// Bytes, written zeroes and holes about those places where the model's random
+/// requests go.
+fn make_base(path: &Path, size: u64) {
+    use std::os::unix::fs::FileExt;
+    const STEP: u64 = 70_000;
+    let file = File::create(path).expect("create the base");
+    file.set_len(size).expect("extend the base");
+    let near = 10 * STEP;
+    for place in [0, size / 3, size / 2, size / 10 * 9, size] {
+        let from = place.saturating_sub(near) / STEP * STEP;
+        for (turn, start) in (from..size.min(place + near))
+            .step_by(STEP as usize)
+            .enumerate()
+        {
+            let length = STEP.min(size - start) as usize;
+            match turn % 4 {
+                3 => {}
+                2 => file.write_all_at(&vec![0; length], start).expect("zeroes"),
+                _ => file
+                    .write_all_at(&noise(start + 1, length), start)
+                    .expect("bytes"),
+            }
+        }
+    }
+    file.sync_all().expect("sync the base");
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Base,
+    Data,
+    Zero,
+}
+
+/// `qemu-img map`: (offset, length, what it is), with equal neighbours merged. Every
+/// byte of *data* must lie at its fixed place.
+fn map(overlay: &Path) -> Vec<(u64, u64, State)> {
+    let said = run(&["qemu-img", "map", "--output=json", text(overlay)]);
+    let entries: Value = serde_json::from_str(&said).expect("JSON");
+    let mut merged: Vec<(u64, u64, State)> = Vec::new();
+    let mut distances = Vec::new();
+    for entry in entries.as_array().expect("a list") {
+        let number = |name: &str| entry[name].as_u64().expect("a number");
+        let is_data = entry["data"].as_bool().expect("a boolean");
+        let state = match number("depth") {
+            1 => State::Base,
+            0 if is_data => State::Data,
+            0 => State::Zero,
+            depth => panic!("depth {depth}"),
+        };
+        let (start, length) = (number("start"), number("length"));
+        if state == State::Data {
+            distances.push(number("offset") - start);
+        }
+        match merged.last_mut() {
+            Some(last) if last.2 == state => last.1 += length,
+            _ => merged.push((start, length, state)),
+        }
+    }
+    distances.dedup();
+    assert!(distances.len() <= 1, "data is not at its place: {said}");
+    merged
+}
+
+/// Any program with any arguments, to its end.
+fn attempt(words: &[&str]) -> Outcome {
+    outcome(command(words[0]).args(&words[1..]))
+}
+
+/// As [`attempt`], in the directory of a file.
+fn attempt_beside(file: &Path, words: &[&str]) -> Outcome {
+    let directory = file.parent().expect("a file is in a directory");
+    outcome(command(words[0]).args(&words[1..]).current_dir(directory))
+}
+
+/// `qemu-img check`: neither errors nor leaks.
+fn check(overlay: &Path) {
+    run(&["qemu-img", "check", "-q", "-f", "qcow2", text(overlay)]);
+}
+
+/// `qemu-img check` of what a crash left: leaks at most.
+fn check_after_a_crash(overlay: &Path) {
+    let Outcome {
+        status,
+        stdout,
+        stderr,
+    } = attempt(&["qemu-img", "check", "-f", "qcow2", text(overlay)]);
+    let code = status.code();
+    assert!(matches!(code, Some(0 | 3)), "{code:?}: {stdout}{stderr}");
+}
+
+fn compare(overlay: &Path, raw: &Path) {
+    let words = ["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw"];
+    run(&[&words[..], &[text(overlay), text(raw)]].concat());
+}
+
+/// A file that must come out of a refusal as it went in.
+#[derive(Debug, PartialEq, Eq)]
+struct Seal {
+    content: Vec<u8>,
+    modified: (i64, i64),
+    mode: u32,
+    inode: u64,
+}
+
+impl Seal {
+    fn of(path: &Path) -> Seal {
+        let about = fs::symlink_metadata(path).expect("the file");
+        Seal {
+            content: if about.is_file() {
+                fs::read(path).expect("the file")
+            } else {
+                Vec::new()
+            },
+            modified: (about.mtime(), about.mtime_nsec()),
+            mode: about.mode(),
+            inode: about.ino(),
+        }
+    }
+}
