@@ -11,6 +11,7 @@
 //! - [`config`]: the parameters
 //! - [`overlay`]: the core: block map, store, and all the locking
 //! - [`qcow2`]: the image that an overlay can be kept in
+//! - [`sparse`]: system calls on sparse files
 //! - [`base`]: what lies beneath the overlay
 //! - [`block`]: units, and the splitting of requests into blocks
 //! - [`buffer`]: bytes in memory
@@ -28,4 +29,5 @@ pub mod filter;
 pub mod nbdkit;
 pub mod overlay;
 pub mod qcow2;
+pub mod sparse;
 mod sync;

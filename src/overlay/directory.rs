@@ -14,11 +14,11 @@ use std::path::{self, Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
+use crate::sparse;
 
 /// ext4 ends at 16 TiB with 4K blocks; half of it leaves room, and is few files
 /// even for the largest disk.
@@ -80,7 +80,7 @@ impl Directory {
         let directory = Directory {
             file_system_block: file_system_block(&file),
             can_punch: can_punch(&file),
-            can_zero_range: zero_range(&file, 0, 4096),
+            can_zero_range: sparse::zero_range(&file, 0, 4096).is_ok_and(|done| done),
             segment_size: segment_size(&file, largest)?,
             spare: Mutex::default(),
             path,
@@ -207,15 +207,10 @@ fn file_system_block(file: &File) -> u64 {
 
 /// Whether a hole can be punched, and whether that really makes zeroes.
 fn can_punch(file: &File) -> bool {
-    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let mut byte = [1];
-    fallocate(file, flags, 0, 1 << 20).is_ok()
+    sparse::punch(file, 0, 1 << 20).is_ok_and(|done| done)
         && file.read_exact_at(&mut byte, 0).is_ok()
         && byte == [0]
-}
-
-fn zero_range(file: &File, offset: i64, len: i64) -> bool {
-    fallocate(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len).is_ok()
 }
 
 /// How large a file this process may make. Beyond the limit of `ulimit -f` the

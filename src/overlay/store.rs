@@ -13,17 +13,14 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
-
-use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::directory::Directory;
 use super::kept::KeptStore;
 use crate::block::{BlockNum, ByteRange};
 use crate::error::{Error, Result};
+use crate::sparse;
 
 /// Where an overlay keeps its bytes. A trait, so that tests can make each
 /// operation fail or wait.
@@ -209,18 +206,20 @@ impl TemporaryStore {
     /// the offset in it, and the part.
     fn parts(&self, range: ByteRange) -> impl Iterator<Item = (u64, u64, ByteRange)> + use<> {
         let segment_size = self.directory.segment_size();
+        // It is a power of two; the compiler does not know, and would divide.
+        let (shift, mask) = (segment_size.trailing_zeros(), segment_size - 1);
         let mut rest = range;
         std::iter::from_fn(move || {
             if rest.is_empty() {
                 return None;
             }
-            let index = rest.start / segment_size;
+            let index = rest.start >> shift;
             let part = ByteRange {
                 start: rest.start,
-                end: rest.end.min((index + 1) * segment_size),
+                end: rest.end.min((rest.start | mask) + 1),
             };
             rest.start = part.end;
-            Some((index, part.start % segment_size, part))
+            Some((index, part.start & mask, part))
         })
     }
 
@@ -234,25 +233,6 @@ impl TemporaryStore {
                 part.start
             ),
         )
-    }
-
-    fn fallocate(
-        &self,
-        file: &File,
-        flags: FallocateFlags,
-        offset: u64,
-        part: ByteRange,
-        tried: &str,
-    ) -> Result<bool> {
-        loop {
-            // The casts are sound: no segment is larger than 8 TiB.
-            match fallocate(file.as_fd(), flags, offset as i64, part.len() as i64) {
-                Ok(()) => return Ok(true),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => return Ok(false),
-                Err(errno) => return Err(self.error(errno.into(), tried, part)),
-            }
-        }
     }
 }
 
@@ -274,8 +254,8 @@ impl Store for TemporaryStore {
     fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
         let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
         for (index, at, part) in self.parts(range) {
-            self.present_or_new(index)?
-                .write_all_at(&buf[part.in_buffer(offset)], at)
+            let file = self.present_or_new(index)?;
+            sparse::write_all(&file, &buf[part.in_buffer(offset)], at)
                 .map_err(|e| self.error(e, "writing to", part))?;
         }
         Ok(())
@@ -285,11 +265,11 @@ impl Store for TemporaryStore {
         if !self.directory.can_punch() {
             return Ok(false);
         }
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let mut done = true;
         for (index, at, part) in self.parts(range) {
             if let Some(file) = self.present(index) {
-                done &= self.fallocate(&file, flags, at, part, "punching a hole in")?;
+                done &= sparse::punch(&file, at, part.len())
+                    .map_err(|e| self.error(e, "punching a hole in", part))?;
             }
         }
         Ok(done)
@@ -299,11 +279,11 @@ impl Store for TemporaryStore {
         if !self.can_zero_range() {
             return Ok(false);
         }
-        let flags = FallocateFlags::FALLOC_FL_ZERO_RANGE;
         let mut done = true;
         for (index, at, part) in self.parts(range) {
             let file = self.present_or_new(index)?;
-            done &= self.fallocate(&file, flags, at, part, "zeroing")?;
+            done &= sparse::zero_range(&file, at, part.len())
+                .map_err(|e| self.error(e, "zeroing", part))?;
         }
         Ok(done)
     }

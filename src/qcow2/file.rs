@@ -3,11 +3,9 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
-use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use crate::sparse;
 
 /// A sparse file. Offsets and lengths are in bytes.
 pub trait ImageFile: Send + Sync {
@@ -49,7 +47,7 @@ impl ImageFile for File {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.write_all_at(buf, offset)
+        sparse::write_all(self, buf, offset)
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -57,58 +55,14 @@ impl ImageFile for File {
     }
 
     fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        let (mut rest, mut at) = (buf, file_offset(offset)?);
-        while !rest.is_empty() {
-            let slice = libc::iovec {
-                iov_base: rest.as_ptr().cast_mut().cast(),
-                iov_len: rest.len(),
-            };
-            // SAFETY: the descriptor is open, and one slice is passed, that of `rest`,
-            // which is only read.
-            let written =
-                unsafe { libc::pwritev2(self.as_raw_fd(), &slice, 1, at, libc::RWF_DSYNC) };
-            match Errno::result(written) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => {
-                    rest = &rest[written as usize..];
-                    at += written as i64;
-                }
-                Err(Errno::EINTR) => {}
-                // An old kernel, or a file system that does not know the flag.
-                Err(Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL) => {
-                    self.write_all_at(buf, offset)?;
-                    return self.sync_data();
-                }
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
+        sparse::write_synced(self, buf, offset)
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        change_space(self, flags, offset, len)
+        sparse::punch(self, offset, len)
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<bool> {
-        change_space(self, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
-    }
-}
-
-/// As the system calls want it.
-fn file_offset(n: u64) -> io::Result<i64> {
-    i64::try_from(n).map_err(|_| Errno::EFBIG.into())
-}
-
-/// fallocate(2). `false` where the file system can't do that.
-pub fn change_space(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
-    let (offset, len) = (file_offset(offset)?, file_offset(len)?);
-    loop {
-        match fallocate(file.as_fd(), flags, offset, len) {
-            Ok(()) => return Ok(true),
-            Err(Errno::EINTR) => {}
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => return Ok(false),
-            Err(errno) => return Err(errno.into()),
-        }
+        sparse::zero_range(self, offset, len)
     }
 }

@@ -1,0 +1,116 @@
+//! What is done to a sparse file, by system calls that the standard library has
+//! not, or not in this way. Offsets and lengths are in bytes.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+/// So much is written by one system call. More at once is slower: what the first
+/// half left in the processor's cache is gone when the kernel comes to the second,
+/// and the file stays locked for other writers all that time.
+const PIECE: usize = 128 << 10;
+
+/// Writes all of `buf` at `offset`.
+pub fn write_all(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
+    let mut at = offset;
+    for piece in buf.chunks(PIECE) {
+        file.write_all_at(piece, at)?;
+        at += piece.len() as u64;
+    }
+    Ok(())
+}
+
+/// Writes all of `buf` at `offset`, and nothing but `buf` has to be safe from power
+/// loss when this returns. An error may be that of a sync.
+pub fn write_synced(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
+    let (mut rest, mut at) = (buf, file_offset(offset)?);
+    while !rest.is_empty() {
+        let slice = libc::iovec {
+            iov_base: rest.as_ptr().cast_mut().cast(),
+            iov_len: rest.len(),
+        };
+        // SAFETY: the descriptor is open, and one slice is passed, that of `rest`,
+        // which is only read.
+        let written = unsafe { libc::pwritev2(file.as_raw_fd(), &slice, 1, at, libc::RWF_DSYNC) };
+        match Errno::result(written) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                rest = &rest[written as usize..];
+                at += written as i64;
+            }
+            Err(Errno::EINTR) => {}
+            // An old kernel, or a file system that does not know the flag.
+            Err(Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::EINVAL) => {
+                file.write_all_at(buf, offset)?;
+                return file.sync_data();
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Makes a hole; the file keeps its size. `false`: can't be done here, and nothing
+/// has changed.
+pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<bool> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    change_space(file, flags, offset, len)
+}
+
+/// Makes zeroes that take space, without writing them. `false` as for [`punch`].
+pub fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<bool> {
+    change_space(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
+}
+
+fn change_space(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
+    let (offset, len) = (file_offset(offset)?, file_offset(len)?);
+    loop {
+        match fallocate(file.as_fd(), flags, offset, len) {
+            Ok(()) => return Ok(true),
+            Err(Errno::EINTR) => {}
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => return Ok(false),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// As the system calls want it.
+fn file_offset(n: u64) -> io::Result<i64> {
+    i64::try_from(n).map_err(|_| Errno::EFBIG.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_in_pieces_is_whole() {
+        let file = tempfile::tempfile().expect("a file");
+        for len in [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 7] {
+            let bytes: Vec<u8> = (0..len).map(|n| (n / 7 + len) as u8).collect();
+            let mut read = vec![0; len];
+            write_all(&file, &bytes, 5).expect("written");
+            file.read_exact_at(&mut read, 5).expect("as long");
+            assert!(read == bytes, "{len} bytes");
+            let bytes: Vec<u8> = bytes.iter().map(|byte| !byte).collect();
+            write_synced(&file, &bytes, 5).expect("written");
+            file.read_exact_at(&mut read, 5).expect("as long");
+            assert!(read == bytes, "{len} bytes, synced");
+        }
+    }
+
+    #[test]
+    fn a_file_that_can_not_be_written_to_says_so() {
+        let file = File::open("/dev/null").expect("a file");
+        for write in [write_all, write_synced] {
+            let error = write(&file, &[1], 0).expect_err("open for reading only");
+            assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+        }
+        let error = punch(&file, u64::MAX, 1).expect_err("no such offset");
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+    }
+}
