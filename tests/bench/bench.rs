@@ -11,6 +11,7 @@
 //!
 //! - [`report`], [`plot`]: what the rows look like
 //! - [`workloads`], [`disks`], [`maps`], [`instructions`]: the rows, each a function to measure with
+//! - [`lab`]: directories, disks, and cells of a load
 //! - [`targets`]: what the rows should be
 //! - [`runner`]: rounds, and the statistics over them
 //! - [`fio`], [`nbd`]: load generators
@@ -26,6 +27,7 @@ mod disks;
 mod driver;
 mod fio;
 mod instructions;
+mod lab;
 mod machine;
 mod maps;
 mod nbd;

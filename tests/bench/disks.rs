@@ -4,10 +4,10 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::lab::scratch_in_memory;
 use super::nbd::Request;
 use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
 use super::systems::{Server, Setup, System, sparse};
-use super::workloads::scratch_in_memory;
 
 const MIB: f64 = (1 << 20) as f64;
 const SIZES: [(&str, u64); 4] = [

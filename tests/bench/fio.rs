@@ -20,6 +20,8 @@ pub struct Job {
     /// twice: a job that writes ends when it has been everywhere.
     pub size: u64,
     pub time: Duration,
+    /// A flush after so many writes; 0: none.
+    pub flush_every: u32,
     /// fio, and by [`Setup::under`](super::systems::Setup) the server, on one
     /// processor core: [`ON_ONE_CORE`].
     pub one_core: bool,
@@ -45,6 +47,8 @@ impl Job {
         };
         fio.args(["--name=bench", "--ioengine=nbd", "--thread"])
             .args(["--group_reporting", "--output-format=json", "--eta=never"])
+            // Without calibrating a clock of its own, which takes as long as a round.
+            .arg("--clocksource=clock_gettime")
             .arg(format!("--uri={uri}"))
             .arg(format!("--rw={}", self.pattern))
             .arg("--rwmixread=70")
@@ -54,6 +58,9 @@ impl Job {
             .arg(format!("--size={share}"))
             .arg(format!("--offset_increment={share}"))
             .arg(format!("--runtime={}ms", self.time.as_millis()));
+        if self.flush_every > 0 {
+            fio.arg(format!("--fsync={}", self.flush_every));
+        }
         if self.reads_only() {
             fio.arg("--time_based");
         }

@@ -11,10 +11,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::command::{self, command};
+use super::lab::scratch_in_memory;
 use super::nbd::Request;
 use super::runner::{Effort, Row};
 use super::systems::{Setup, System};
-use super::workloads::scratch_in_memory;
 
 const VALGRIND: [&str; 4] = [
     "valgrind",

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::statvfs::statvfs;
 
+use super::lab::scratch_in_memory;
 use super::nbd::Request;
 use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
 use super::systems::{Server, Setup, System, sparse};
-use super::workloads::scratch_in_memory;
 
 /// Longer than any map should take; the C filter at 4K blocks takes seconds.
 const PATIENCE: Duration = Duration::from_secs(15);

@@ -6,138 +6,16 @@
 //! block, without the filter. (In the mix its reads are of that file too, so they
 //! find holes where the others find the disk's data.)
 
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tempfile::TempDir;
-
 use super::command::{self, command};
-use super::fio::{Job, ON_ONE_CORE};
+use super::fio::Job;
+use super::lab::{DISK, Lab, MEMORY, load};
 use super::nbd::Request;
-use super::runner::{self, Cell, Effort, Kind, Measured, Row};
-use super::systems::{Server, Setup, System};
-use super::targets::goals;
-
-/// Two directories: on tmpfs only the processor counts; on the disk's file
-/// system the first write of a block costs what it costs in use.
-const MEMORY: &str = "/dev/shm";
-const DISK: &str = "/var/tmp";
-
-/// How long a read of the slow base takes.
-const DELAY: Duration = Duration::from_millis(5);
-
-/// A directory of our own in `place`, removed with all that is in it.
-pub fn scratch(place: &str) -> Result<TempDir, String> {
-    tempfile::Builder::new()
-        .prefix("cow-bench.")
-        .tempdir_in(place)
-        .map_err(|error| format!("no directory in {place}: {error}"))
-}
-
-pub fn scratch_in_memory() -> Result<TempDir, String> {
-    scratch(MEMORY)
-}
-
-/// A directory with a disk full of random bytes in it.
-struct Lab {
-    scratch: TempDir,
-    disk: PathBuf,
-    size: u64,
-    time: Duration,
-    rounds: usize,
-    more_rounds: usize,
-}
+use super::runner::{self, Cell, Effort, Kind, Row};
+use super::systems::{Setup, System};
 
 impl Lab {
-    fn new(place: &str, effort: &Effort) -> Result<Lab, String> {
-        let scratch = scratch(place)?;
-        let disk = scratch.path().join("disk.img");
-        random_file(&disk, effort.disk).map_err(|error| format!("the disk: {error}"))?;
-        Ok(Lab {
-            scratch,
-            disk,
-            size: effort.disk,
-            time: effort.time,
-            rounds: effort.rounds,
-            more_rounds: effort.more_rounds,
-        })
-    }
-
-    fn place(&self) -> &Path {
-        self.scratch.path()
-    }
-
-    fn job(&self, pattern: &'static str, block: u64, depth: u32) -> Job {
-        Job {
-            pattern,
-            block,
-            depth,
-            connections: 1,
-            size: self.size,
-            time: self.time,
-            one_core: false,
-        }
-    }
-
-    fn setup(&self, job: &Job) -> Setup {
-        let mut setup = Setup::disk(&self.disk);
-        if job.one_core {
-            setup.under = ON_ONE_CORE.map(String::from).to_vec();
-        }
-        if job.reads_only() {
-            setup
-        } else {
-            setup.written()
-        }
-    }
-
-    fn cell(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
-        let setup = self.setup(&job);
-        self.cell_with(id, title, Kind::Rate, move |system| {
-            let mut server = setup.start(system, self.place())?;
-            load(&job, &mut server)
-        })
-    }
-
-    fn cell_with<'a>(
-        &'a self,
-        id: &str,
-        title: &str,
-        kind: Kind,
-        measure: impl FnMut(System) -> Measured + 'a,
-    ) -> Cell<'a> {
-        Cell {
-            id: id.into(),
-            title: title.into(),
-            kind,
-            rounds: if goals(id).is_empty() {
-                self.rounds
-            } else {
-                self.more_rounds
-            },
-            systems: System::ALL.to_vec(),
-            measure: Box::new(measure),
-        }
-    }
-
-    /// Over a base in which each read takes 5 ms: the rate can't be more than
-    /// the requests in flight by the time that one takes.
-    fn slow(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
-        let limit = f64::from(job.depth) / DELAY.as_secs_f64();
-        let setup = self.setup(&job).slow();
-        let mut cell = self.cell_with(id, title, Kind::OfLimit(limit), move |system| {
-            let mut server = setup.start(system, self.place())?;
-            load(&job, &mut server)
-        });
-        if !job.reads_only() {
-            // Without a filter a write reads nothing, so the delay is not in it.
-            cell.systems.retain(|system| *system != System::NoFilter);
-        }
-        cell
-    }
-
     /// Reads of what the same client has written before.
     fn read_again(&self) -> Cell<'_> {
         let size = self.size / 4;
@@ -184,31 +62,6 @@ impl Lab {
             }
         })
     }
-}
-
-fn load(job: &Job, server: &mut Server) -> Measured {
-    job.run(&server.uri())
-        .map_err(|error| server.explain(error).into())
-}
-
-/// Bytes that are neither zero nor alike from block to block; good enough not
-/// to be compressed or merged by anything below.
-fn random_file(path: &Path, size: u64) -> std::io::Result<()> {
-    let mut file = File::create(path)?;
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut chunk = Vec::with_capacity(1 << 20);
-    for _ in 0..size >> 20 {
-        chunk.clear();
-        while chunk.len() < 1 << 20 {
-            // xorshift64
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            chunk.extend(state.to_ne_bytes());
-        }
-        file.write_all(&chunk)?;
-    }
-    file.sync_all()
 }
 
 /// (id, title, fio's pattern, bytes, in flight)
@@ -280,7 +133,8 @@ fn four_connections(lab: &Lab) -> Vec<Cell<'_>> {
 /// these, so they vary least, and are what a request costs the processor.
 fn on_one_core(lab: &Lab) -> Vec<Cell<'_>> {
     let mut cells = Vec::new();
-    for &(id, title, pattern, block, depth) in &DEEP[..2] {
+    let ids = ["read-4k", "write-4k", "read-1m"];
+    for &(id, title, pattern, block, depth) in DEEP.iter().filter(|shape| ids.contains(&shape.0)) {
         let job = Job {
             one_core: true,
             ..lab.job(pattern, block, depth)

@@ -1,0 +1,160 @@
+//! Where the rates are measured: a directory with a disk in it, and what makes a
+//! cell of a load on that disk.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::fio::{Job, ON_ONE_CORE};
+use super::runner::{Cell, Effort, Kind, Measured};
+use super::systems::{Server, Setup, System};
+use super::targets::goals;
+
+/// Two directories: on tmpfs only the processor counts; on the disk's file
+/// system the first write of a block costs what it costs in use.
+pub const MEMORY: &str = "/dev/shm";
+pub const DISK: &str = "/var/tmp";
+
+/// How long a read of the slow base takes.
+const DELAY: Duration = Duration::from_millis(5);
+
+/// A directory of our own in `place`, removed with all that is in it.
+pub fn scratch(place: &str) -> Result<TempDir, String> {
+    tempfile::Builder::new()
+        .prefix("cow-bench.")
+        .tempdir_in(place)
+        .map_err(|error| format!("no directory in {place}: {error}"))
+}
+
+pub fn scratch_in_memory() -> Result<TempDir, String> {
+    scratch(MEMORY)
+}
+
+/// A directory with a disk full of random bytes in it.
+pub struct Lab {
+    scratch: TempDir,
+    pub disk: PathBuf,
+    /// In bytes.
+    pub size: u64,
+    time: Duration,
+    rounds: usize,
+    more_rounds: usize,
+}
+
+impl Lab {
+    pub fn new(place: &str, effort: &Effort) -> Result<Lab, String> {
+        let scratch = scratch(place)?;
+        let disk = scratch.path().join("disk.img");
+        random_file(&disk, effort.disk).map_err(|error| format!("the disk: {error}"))?;
+        Ok(Lab {
+            scratch,
+            disk,
+            size: effort.disk,
+            time: effort.time,
+            rounds: effort.rounds,
+            more_rounds: effort.more_rounds,
+        })
+    }
+
+    pub fn place(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    pub fn job(&self, pattern: &'static str, block: u64, depth: u32) -> Job {
+        Job {
+            pattern,
+            block,
+            depth,
+            connections: 1,
+            size: self.size,
+            time: self.time,
+            flush_every: 0,
+            one_core: false,
+        }
+    }
+
+    pub fn setup(&self, job: &Job) -> Setup {
+        let mut setup = Setup::disk(&self.disk);
+        if job.one_core {
+            setup.under = ON_ONE_CORE.map(String::from).to_vec();
+        }
+        if job.reads_only() {
+            setup
+        } else {
+            setup.written()
+        }
+    }
+
+    pub fn cell(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
+        let setup = self.setup(&job);
+        self.cell_with(id, title, Kind::Rate, move |system| {
+            let mut server = setup.start(system, self.place())?;
+            load(&job, &mut server)
+        })
+    }
+
+    pub fn cell_with<'a>(
+        &'a self,
+        id: &str,
+        title: &str,
+        kind: Kind,
+        measure: impl FnMut(System) -> Measured + 'a,
+    ) -> Cell<'a> {
+        Cell {
+            id: id.into(),
+            title: title.into(),
+            kind,
+            rounds: if goals(id).is_empty() {
+                self.rounds
+            } else {
+                self.more_rounds
+            },
+            systems: System::ALL.to_vec(),
+            measure: Box::new(measure),
+        }
+    }
+
+    /// Over a base in which each read takes 5 ms: the rate can't be more than
+    /// the requests in flight by the time that one takes.
+    pub fn slow(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
+        let limit = f64::from(job.depth) / DELAY.as_secs_f64();
+        let setup = self.setup(&job).slow();
+        let mut cell = self.cell_with(id, title, Kind::OfLimit(limit), move |system| {
+            let mut server = setup.start(system, self.place())?;
+            load(&job, &mut server)
+        });
+        if !job.reads_only() {
+            // Without a filter a write reads nothing, so the delay is not in it.
+            cell.systems.retain(|system| *system != System::NoFilter);
+        }
+        cell
+    }
+}
+
+pub fn load(job: &Job, server: &mut Server) -> Measured {
+    job.run(&server.uri())
+        .map_err(|error| server.explain(error).into())
+}
+
+/// Bytes that are neither zero nor alike from block to block; good enough not
+/// to be compressed or merged by anything below.
+fn random_file(path: &Path, size: u64) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut chunk = Vec::with_capacity(1 << 20);
+    for _ in 0..size >> 20 {
+        chunk.clear();
+        while chunk.len() < 1 << 20 {
+            // xorshift64
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            chunk.extend(state.to_ne_bytes());
+        }
+        file.write_all(&chunk)?;
+    }
+    file.sync_all()
+}
