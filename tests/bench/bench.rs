@@ -10,7 +10,7 @@
 //! Dependencies point one way, down this list:
 //!
 //! - [`report`], [`plot`]: what the rows look like
-//! - [`workloads`], [`disks`], [`maps`], [`instructions`]: the rows, each a function to measure with
+//! - [`workloads`], [`kept`], [`disks`], [`maps`], [`instructions`]: the rows, each a function to measure with
 //! - [`lab`]: directories, disks, and cells of a load
 //! - [`targets`]: what the rows should be
 //! - [`runner`]: rounds, and the statistics over them
@@ -27,6 +27,7 @@ mod disks;
 mod driver;
 mod fio;
 mod instructions;
+mod kept;
 mod lab;
 mod machine;
 mod maps;
@@ -66,6 +67,7 @@ fn measure(effort: &Effort) -> Result<(), Box<dyn std::error::Error>> {
     // One after the other: each gives back its files before the next makes its own.
     rows.extend(workloads::on_memory(effort)?);
     rows.extend(workloads::on_disk(effort)?);
+    rows.extend(kept::all(effort)?);
     rows.extend(disks::all(effort)?);
     rows.extend(maps::all(effort)?);
     rows.extend(instructions::all(effort)?);

@@ -107,11 +107,7 @@ fn sparse_disk(effort: &Effort) -> Result<Row, String> {
             Ok(map(&mut server)?.0)
         }),
     };
-    Ok(only(runner::run(vec![cell])))
-}
-
-fn only(mut rows: Vec<Row>) -> Row {
-    rows.pop().expect("the row of a cell")
+    Ok(runner::run_one(cell))
 }
 
 /// Half of the disk has to fit into memory, once; on a small machine the
@@ -194,7 +190,7 @@ fn fragmented_beside(
             }
         }),
     };
-    Ok(only(runner::run(vec![cell])))
+    Ok(runner::run_one(cell))
 }
 
 fn reference(place: &Path, size: u64) -> Result<Setup, String> {

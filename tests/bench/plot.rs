@@ -29,7 +29,19 @@ fn colour(system: System) -> RGBColor {
         System::CDefault => RGBColor(0x00, 0x72, 0xb2),
         System::C4K => RGBColor(0x56, 0xb4, 0xe9),
         System::Qemu => RGBColor(0x00, 0x9e, 0x73),
+        System::Kept => RGBColor(0xcc, 0x79, 0xa7),
+        System::QemuKept => RGBColor(0x44, 0xaa, 0x11),
     }
+}
+
+/// In the order of the legend.
+fn drawn() -> impl Iterator<Item = System> {
+    [
+        System::COMPARED.as_slice(),
+        &[System::Kept, System::QemuKept],
+    ]
+    .concat()
+    .into_iter()
 }
 
 fn x(ratio: f64) -> i32 {
@@ -63,10 +75,10 @@ fn legend(area: &Area<'_>) -> Result<(), Failed> {
     let title = "Speed, 1 = no filter (5 ms base: 1 = what the delay allows)";
     area.draw_text(title, &text(22, HPos::Left), (16, 22))?;
     let mut at = 16;
-    for system in System::COMPARED {
+    for system in drawn() {
         area.draw(&Circle::new((at + 6, 52), 6, colour(system).filled()))?;
         area.draw_text(system.name(), &text(18, HPos::Left), (at + 18, 52))?;
-        at += 44 + 9 * system.name().len() as i32;
+        at += 36 + 9 * system.name().len() as i32;
     }
     Ok(())
 }
@@ -89,17 +101,17 @@ fn axis(area: &Area<'_>, height: i32) -> Result<(), Failed> {
 
 fn line(area: &Area<'_>, row: &Row, y: i32) -> Result<(), Failed> {
     area.draw_text(&row.title, &text(16, HPos::Right), (LEFT - 12, y))?;
-    // Ours last: what matters most is on top.
-    for (index, system) in System::COMPARED.into_iter().enumerate().rev() {
-        let Some(spread) = row.shown(system) else {
-            continue;
-        };
+    let shown = drawn().filter_map(|system| Some((system, row.shown(system)?)));
+    // What the row is about comes last: what matters most is on top.
+    let mut shown: Vec<_> = shown.collect();
+    shown.sort_by_key(|(system, _)| *system != row.subject());
+    for (index, (system, spread)) in shown.into_iter().enumerate().rev() {
         // A little apart, so that equal ones don't hide each other.
         let y = y + (index as i32 - 1) * 6 - 3;
         let colour = colour(system);
         let ends = [(x(spread.least), y), (x(spread.most), y)];
         area.draw(&PathElement::new(ends, colour.stroke_width(2)))?;
-        let radius = if system == System::Ours { 6 } else { 4 };
+        let radius = if system == row.subject() { 6 } else { 4 };
         area.draw(&Circle::new((x(spread.median), y), radius, colour.filled()))?;
     }
     Ok(())

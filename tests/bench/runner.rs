@@ -130,6 +130,20 @@ impl Row {
         }
     }
 
+    /// Whether the row is about the overlay that is kept.
+    pub fn is_kept(&self) -> bool {
+        self.figures.contains_key(&System::Kept)
+    }
+
+    /// The system that the row is about.
+    pub fn subject(&self) -> System {
+        if self.is_kept() {
+            System::Kept
+        } else {
+            System::Ours
+        }
+    }
+
     /// The system's own figures.
     pub fn own(&self, system: System) -> Option<Spread> {
         Spread::of(
@@ -179,6 +193,11 @@ pub fn short(number: f64) -> String {
         size if size >= 0.095 => format!("{number:.2}"),
         _ => format!("{number:.3}"),
     }
+}
+
+/// Measures a cell.
+pub fn run_one(cell: Cell<'_>) -> Row {
+    run(vec![cell]).pop().expect("the row of a cell")
 }
 
 /// Measures all the cells.
@@ -249,7 +268,7 @@ impl Row {
                 .get(&system)
                 .and_then(|figures| *figures.last()?)
         };
-        let ours = last(System::Ours).map_or("-".into(), |figure| format!("{figure:.4}"));
+        let ours = last(self.subject()).map_or("-".into(), |figure| format!("{figure:.4}"));
         let none = last(System::NoFilter).map_or("-".into(), |figure| format!("{figure:.4}"));
         eprintln!("{round}/{rounds} {}: {ours}, no filter {none}", self.title);
     }

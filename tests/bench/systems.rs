@@ -27,6 +27,11 @@ pub enum System {
     C4K,
     /// `qemu-nbd --snapshot`.
     Qemu,
+    /// This filter with `cow-overlay`.
+    Kept,
+    /// qemu-nbd on a qcow2 image over the disk, with clusters and subclusters of the
+    /// sizes that [`System::Kept`] has.
+    QemuKept,
 }
 
 impl System {
@@ -38,6 +43,9 @@ impl System {
         System::Qemu,
     ];
 
+    /// What is compared where the overlay is kept, in the order of that table's columns.
+    pub const KEPT: [System; 3] = [System::Kept, System::Ours, System::QemuKept];
+
     /// All but "no filter", in the order of the table's columns.
     pub const COMPARED: [System; 4] = [System::Ours, System::CDefault, System::C4K, System::Qemu];
 
@@ -48,6 +56,8 @@ impl System {
             System::CDefault => "C filter",
             System::C4K => "C filter, 4K blocks",
             System::Qemu => "qemu-nbd --snapshot",
+            System::Kept => "cow-overlay",
+            System::QemuKept => "qemu-nbd, qcow2",
         }
     }
 }
@@ -61,6 +71,8 @@ pub struct Setup {
     /// disk: it is going to be written to.
     fresh: bool,
     delay: bool,
+    /// The image that is to be gone on with, in place of a new one.
+    image: Option<PathBuf>,
     /// Runs the server under this command.
     pub under: Vec<String>,
 }
@@ -73,6 +85,7 @@ impl Setup {
             disk: Some(path.into()),
             fresh: false,
             delay: false,
+            image: None,
             under: Vec::new(),
         }
     }
@@ -84,6 +97,7 @@ impl Setup {
             disk: None,
             fresh: false,
             delay: false,
+            image: None,
             under: Vec::new(),
         }
     }
@@ -99,6 +113,14 @@ impl Setup {
     pub fn slow(self) -> Setup {
         Setup {
             delay: true,
+            ..self
+        }
+    }
+
+    /// For the systems that keep their overlay: they go on with this image.
+    pub fn resuming(self, image: &Path) -> Setup {
+        Setup {
+            image: Some(image.into()),
             ..self
         }
     }
@@ -122,7 +144,14 @@ impl Setup {
                 image = server.uri().into();
                 below = Some(Box::new(server));
             }
-            self.qemu(&image, own.path())
+            let from = ["--snapshot", "-f", "raw"];
+            self.qemu(&from, &image, own.path())
+        } else if system == System::QemuKept {
+            let image = match &self.image {
+                Some(image) => image.clone(),
+                None => self.new_image(own.path())?,
+            };
+            self.qemu(&["-f", "qcow2"], &image, own.path())
         } else {
             self.nbdkit(system, own.path())?
         };
@@ -147,9 +176,9 @@ impl Setup {
         words.extend(["nbdkit", "-f", "--exit-with-parent", "-U"].map(String::from));
         words.push(socket_in(own).display().to_string());
         let filter: &[&str] = match system {
-            System::Ours => &[library()],
+            System::Ours | System::Kept => &[library()],
             System::CDefault | System::C4K => &["cow"],
-            System::NoFilter | System::Qemu => &[],
+            System::NoFilter | System::Qemu | System::QemuKept => &[],
         };
         words.extend(filter.iter().map(|filter| format!("--filter={filter}")));
         if self.delay {
@@ -166,19 +195,37 @@ impl Setup {
         if system == System::C4K {
             words.push("cow-block-size=4096".into());
         }
+        if system == System::Kept {
+            let image = self.image.clone().unwrap_or_else(|| image_in(own));
+            words.push(format!("cow-overlay={}", image.display()));
+        }
         if self.delay {
             words.push("delay-read=5ms".into());
         }
         Ok(command_of(&words))
     }
 
-    fn qemu(&self, image: &Path, own: &Path) -> Command {
+    fn qemu(&self, from: &[&str], image: &Path, own: &Path) -> Command {
         let mut words = self.under.clone();
-        words.extend(["qemu-nbd", "--snapshot", "--persistent"].map(String::from));
-        words.extend(["-f", "raw", "-e", "8", "-k"].map(String::from));
+        words.extend(["qemu-nbd", "--persistent"].map(String::from));
+        words.extend(from.iter().map(ToString::to_string));
+        words.extend(["-e", "8", "-k"].map(String::from));
         words.push(socket_in(own).display().to_string());
         words.push(image.display().to_string());
         command_of(&words)
+    }
+
+    /// An image of qemu's over the disk, with subclusters of 4K as ours has.
+    fn new_image(&self, own: &Path) -> Result<PathBuf, String> {
+        let image = image_in(own);
+        let disk = self.disk.as_ref().ok_or("serves files only")?;
+        let mut create = command("qemu-img");
+        create
+            .args(["create", "-q", "-f", "qcow2", "-F", "raw"])
+            .args(["-o", "extended_l2=on,cluster_size=128k", "-b"])
+            .args([disk, &image]);
+        command::run(&mut create, command::LIMIT)?;
+        Ok(image)
     }
 }
 
@@ -190,6 +237,10 @@ fn command_of(words: &[String]) -> Command {
 
 fn socket_in(own: &Path) -> PathBuf {
     own.join("socket")
+}
+
+fn image_in(own: &Path) -> PathBuf {
+    own.join("diff.qcow2")
 }
 
 /// The library under test: the one that cargo built for this executable.
@@ -313,9 +364,12 @@ impl Server {
             .sum()
     }
 
-    /// Ends the process as its user would, so that a tool which runs it can report.
-    pub fn stop(mut self) {
+    /// Ends the process as its user would, so that a tool which runs it can report,
+    /// and gives the time that it took.
+    pub fn stop(mut self) -> Duration {
+        let start = Instant::now();
         command::end(&mut self.child, command::LIMIT);
+        start.elapsed()
     }
 }
 

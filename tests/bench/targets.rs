@@ -5,7 +5,8 @@ use super::systems::System;
 
 #[derive(Clone, Copy)]
 pub enum Goal {
-    /// What the table shows for this filter (a ratio or an amount), at least or at most.
+    /// What the table shows for this filter (for the overlay that is kept, where the
+    /// row is about that) (a ratio or an amount), at least or at most.
     AtLeast(f64),
     AtMost(f64),
     /// This many times another system's rate.
@@ -34,6 +35,10 @@ pub fn goals(id: &str) -> &'static [Goal] {
         "memory-whole" => &[AtMost(8.0)],
         "memory-trim" | "memory-write" => &[AtMost(72.0)],
         "start-1G" | "start-1T" | "start-1P" | "start-7E" => &[Beyond(5.0)],
+        "kept-never" => &[Times(System::Ours, 0.97), Times(System::QemuKept, 1.5)],
+        "disk-kept-never" | "kept-32" | "disk-kept-32" => &[Times(System::QemuKept, 1.5)],
+        "kept-1" | "disk-kept-1" => &[Times(System::QemuKept, 1.0)],
+        "kept-resume" => &[AtMost(200.0)],
         _ if id.starts_with("instructions-") => &[AtMost(400.0)],
         _ if id.starts_with("allocations-") => &[AtMost(0.001)],
         _ => &[],
@@ -44,7 +49,7 @@ pub fn goals(id: &str) -> &'static [Goal] {
 pub fn verdict(row: &Row, goal: Goal) -> String {
     let (wanted, found, reached) = match goal {
         Goal::AtLeast(least) => {
-            let found = row.shown(System::Ours);
+            let found = row.shown(row.subject());
             (
                 format!("≥ {least}"),
                 found,
@@ -52,16 +57,16 @@ pub fn verdict(row: &Row, goal: Goal) -> String {
             )
         }
         Goal::AtMost(most) => {
-            let found = row.shown(System::Ours);
+            let found = row.shown(row.subject());
             (format!("≤ {most}"), found, found.map(|f| f.median <= most))
         }
         Goal::Times(system, least) => {
-            let found = row.ratio(System::Ours, system);
+            let found = row.ratio(row.subject(), system);
             let wanted = format!("≥ {least} × {}", system.name());
             (wanted, found, found.map(|f| f.median >= least))
         }
         Goal::Beyond(most) => {
-            let found = row.both(System::Ours, System::NoFilter, |a, b| a - b);
+            let found = row.both(row.subject(), System::NoFilter, |a, b| a - b);
             let wanted = format!("≤ no filter + {most}");
             (wanted, found, found.map(|f| f.median <= most))
         }

@@ -1,0 +1,239 @@
+//! The overlay that is kept: what flushes cost, saving a diff, going on with one.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nbdkit_cow_filter::block::BlockSize;
+use nbdkit_cow_filter::overlay::Overlay;
+use nbdkit_cow_filter::overlay::kept::KeptStore;
+use nbdkit_cow_filter::qcow2::file::ImageFile;
+use nbdkit_cow_filter::qcow2::header::Header;
+use nbdkit_cow_filter::qcow2::image::Image;
+use nbdkit_cow_filter::qcow2::layout::Layout;
+
+use super::command::{self, command};
+use super::driver::Nothing;
+use super::fio::Job;
+use super::lab::{DISK, Lab, MEMORY, load, scratch};
+use super::nbd::Request;
+use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
+use super::systems::{Server, Setup, System, sparse};
+
+const BLOCK: u64 = 4096;
+
+/// qemu-img takes a minute for it.
+const REBASE: Duration = Duration::from_secs(180);
+
+/// Why a column has a figure from one round only.
+const ONCE: &str = "measured in the first round only, because it takes so long";
+
+pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
+    let mut rows = flushes(MEMORY, effort)?;
+    if !effort.quick {
+        rows.extend(flushes(DISK, effort)?);
+    }
+    rows.push(save(effort)?);
+    rows.push(resume(effort)?);
+    Ok(rows)
+}
+
+/// 4K random writes with a flush after every so many.
+fn flushes(place: &str, effort: &Effort) -> Result<Vec<Row>, String> {
+    let lab = Lab::new(place, effort)?;
+    let (on, where_it_is) = match place {
+        DISK => ("disk-", ", on disk"),
+        _ => ("", ""),
+    };
+    let lab = &lab;
+    let cells = [(0, "never"), (32, "32"), (1, "1")].map(|(flush_every, name)| {
+        let job = Job {
+            flush_every,
+            ..lab.job("randwrite", BLOCK, 16)
+        };
+        let how_often = match flush_every {
+            0 => "no flush".into(),
+            1 => "a flush after every one".into(),
+            many => format!("a flush after every {many}"),
+        };
+        let title = format!("4K random write, 16 in flight, {how_often}{where_it_is}");
+        let id = format!("{on}kept-{name}");
+        let mut cell = lab.cell_with(&id, &title, Kind::Rate, move |system| {
+            let mut server = lab.setup(&job).start(system, lab.place())?;
+            load(&job, &mut server)
+        });
+        cell.systems = vec![System::Kept, System::NoFilter, System::QemuKept];
+        if flush_every == 0 {
+            // With flushes there is nothing to compare with: it keeps nothing.
+            cell.systems.push(System::Ours);
+        }
+        cell
+    });
+    Ok(runner::run(cells.into()))
+}
+
+/// What 1 % of `size` bytes is in blocks, and where they are: everywhere.
+fn one_percent(size: u64) -> impl Iterator<Item = u64> {
+    let blocks = size / BLOCK;
+    // A step that has no factor in common with a power of two comes everywhere once.
+    let step = (blocks as f64 * 0.618) as u64 | 1;
+    (0..blocks / 100).map(move |index| index.wrapping_mul(step) % blocks * BLOCK)
+}
+
+/// From the last acknowledged write until the diff is a file that can be used.
+fn save(effort: &Effort) -> Result<Row, String> {
+    let scratch = scratch(DISK)?;
+    let place = scratch.path();
+    let size = if effort.quick { 1 << 30 } else { 64 << 30 };
+    let disk = place.join("disk.img");
+    sparse(&disk, size)?;
+    let setup = Setup::disk(&disk);
+    let data = [0x5a; BLOCK as usize];
+    let mut rebased = false;
+    let measure = |system| -> Measured {
+        if system == System::Ours && rebased {
+            return Err(Failure::Always(ONCE.into()));
+        }
+        let mut server = setup.start(system, place)?;
+        let mut client = server.client()?;
+        let writes = one_percent(size).map(|offset| Request::Write {
+            offset,
+            data: &data,
+        });
+        let written = client.all(writes, 16);
+        written.map_err(|error| server.explain(error.to_string()))?;
+        drop(client);
+        if system == System::Kept {
+            return Ok(server.stop().as_secs_f64());
+        }
+        rebased = true;
+        Ok(rebase(&server, &disk, place)?.as_secs_f64())
+    };
+    let gigabytes = size >> 30;
+    let cell = Cell {
+        id: "kept-save".into(),
+        title: format!("saving the diff of a sparse {gigabytes}G disk, 1 % of it written, on disk"),
+        kind: Kind::Amount("s"),
+        rounds: effort.rounds,
+        systems: vec![System::Kept, System::Ours],
+        measure: Box::new(measure),
+    };
+    Ok(runner::run_one(cell))
+}
+
+/// The way to a diff for an overlay that is not kept, while nbdkit still runs.
+fn rebase(server: &Server, disk: &Path, place: &Path) -> Result<Duration, String> {
+    let diff = place.join("rebased.qcow2");
+    let start = Instant::now();
+    let served = format!("nbd:unix:{}", server.socket().display());
+    let mut create = command("qemu-img");
+    create
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &served])
+        .arg(&diff);
+    command::run(&mut create, command::LIMIT)?;
+    let mut rebase = command("qemu-img");
+    rebase
+        .args(["rebase", "-f", "qcow2", "-F", "raw", "-b"])
+        .args([disk, &diff]);
+    command::run(&mut rebase, REBASE)?;
+    let took = start.elapsed();
+    std::fs::remove_file(&diff).map_err(|error| format!("the diff: {error}"))?;
+    Ok(took)
+}
+
+fn resume(effort: &Effort) -> Result<Row, String> {
+    let scratch = scratch(MEMORY)?;
+    let place = scratch.path();
+    let disk = place.join("disk.img");
+    let size = 1 << 40;
+    sparse(&disk, size)?;
+    let image = place.join("diff.qcow2");
+    let made = make_image(&image, size).map_err(|error| format!("an image: {error}"));
+    made?;
+    let setup = Setup::disk(&disk).resuming(&image);
+    let cell = Cell {
+        id: "kept-resume".into(),
+        title: "start-up with an image of a 1T disk, 1 % of it written".into(),
+        kind: Kind::Amount("ms"),
+        rounds: effort.rounds,
+        systems: vec![System::Kept, System::QemuKept],
+        measure: Box::new(|system| {
+            let mut times = Vec::new();
+            for _ in 0..3 {
+                let server = setup.start(system, place)?;
+                times.push(server.start_up.as_secs_f64() * 1e3);
+            }
+            Ok(Spread::of(times).expect("a time").median)
+        }),
+    };
+    Ok(runner::run_one(cell))
+}
+
+/// Makes an image as nbdkit would leave it after writing to 1 % of the disk, but for
+/// the 10G of data, which a start does not look at.
+fn make_image(path: &Path, size: u64) -> nbdkit_cow_filter::error::Result<()> {
+    let block_size = BlockSize::new(BLOCK).expect("a power of two");
+    let header = Header {
+        layout: Layout::new(size, block_size)?,
+        backing: b"disk.img".to_vec(),
+        mtime: None,
+    };
+    let file = File::create_new(path)
+        .and_then(|_| File::options().read(true).write(true).open(path))
+        .map_err(|error| nbdkit_cow_filter::error::Error::io(error, "making the image"))?;
+    let file = TablesOnly {
+        file,
+        data: header.layout.data,
+    };
+    let image = Image::create(file, path, &header)?;
+    let overlay = Overlay::new(size, block_size, KeptStore::new(image, false));
+    let (base, bytes) = (Nothing(size), [0x5a; BLOCK as usize]);
+    for offset in one_percent(size) {
+        overlay.write(&base, &bytes, offset)?;
+    }
+    overlay.flush()
+}
+
+/// An image's file without the data.
+struct TablesOnly {
+    file: File,
+    data: u64,
+}
+
+impl ImageFile for TablesOnly {
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        self.file.set_size(size)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        if offset >= self.data {
+            return Ok(());
+        }
+        self.file.write_at(buf, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+
+    fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_synced(buf, offset)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.file.punch(offset, len)
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.file.zero_range(offset, len)
+    }
+}
