@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::directory::Directory;
@@ -131,6 +132,9 @@ impl<F: ImageFile> Overlay<KeptStore<F>> {
         let layout = image.layout();
         let store = KeptStore::new(image, can_zero_range);
         let overlay = Overlay::new(layout.disk_size(), layout.block_size(), store);
+        // A crash leaves bytes that no flush has told of, and a failed write too: what
+        // is discarded from now on gives their space back.
+        overlay.has_strays.store(true, Ordering::Relaxed);
         overlay
             .store
             .image
