@@ -1,11 +1,12 @@
 //! Instructions per request, as callgrind counts them, and the memory of the
 //! block map: figures without noise, which need no rounds.
 //!
-//! Two views. The core alone ([`super::driver`]) is what the filter decides and
+//! Three views. The core alone ([`super::driver`]) is what the filter decides and
 //! notes down for a request. The whole process, serving the null plugin, minus
 //! the same without a filter, has all that the filter adds in user space: the
 //! boundary and nbdkit's own calls between layers too. What the kernel does in a
-//! system call is in neither.
+//! system call is in the third only, which is counted by the processor (`perf
+//! stat`), where there is one that the system lets count.
 
 use std::path::Path;
 use std::time::Duration;
@@ -16,12 +17,57 @@ use super::nbd::Request;
 use super::runner::{Effort, Row};
 use super::systems::{Setup, System};
 
-const VALGRIND: [&str; 4] = [
-    "valgrind",
-    "--tool=callgrind",
-    "--callgrind-out-file=/dev/null",
-    "--log-file=",
-];
+/// What counts the instructions of a process.
+#[derive(Clone, Copy)]
+enum Counter {
+    /// Those outside the kernel.
+    Callgrind,
+    /// All.
+    Perf,
+}
+
+impl Counter {
+    /// The command to run the process under, which writes to `log` at its end.
+    fn command(self, log: &Path) -> Vec<String> {
+        let log = log.display();
+        match self {
+            Counter::Callgrind => vec![
+                "valgrind".into(),
+                "--tool=callgrind".into(),
+                "--callgrind-out-file=/dev/null".into(),
+                format!("--log-file={log}"),
+            ],
+            Counter::Perf => ["perf", "stat", "-x,", "-e", "instructions", "-o"]
+                .map(String::from)
+                .into_iter()
+                .chain([log.to_string()])
+                .collect(),
+        }
+    }
+
+    /// What it counted.
+    fn count(self, log: &Path) -> Result<f64, String> {
+        let text = std::fs::read_to_string(log).map_err(|error| format!("a count: {error}"))?;
+        let count = match self {
+            // "==PID== Collected : 123"
+            Counter::Callgrind => text
+                .lines()
+                .find_map(|line| line.split_once("Collected :"))
+                .map(|(_, count)| count),
+            // "123,,instructions,..."
+            Counter::Perf => text
+                .lines()
+                .find(|line| line.contains(",instructions"))
+                .and_then(|line| line.split(',').next()),
+        };
+        count
+            .and_then(|count| count.trim().parse().ok())
+            .ok_or_else(|| match self {
+                Counter::Callgrind => "callgrind counted nothing".into(),
+                Counter::Perf => "perf can't count instructions on this machine".into(),
+            })
+    }
+}
 
 /// What is counted; the call alone that is subtracted; title.
 const CORE: [(&str, &str, &str); 4] = [
@@ -46,8 +92,10 @@ pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
         rows.extend(core(what, call, title, scratch.path())?);
     }
     if !effort.quick {
-        rows.push(process(false, scratch.path())?);
-        rows.push(process(true, scratch.path())?);
+        for write in [false, true] {
+            rows.push(process(Counter::Callgrind, write, scratch.path()));
+            rows.push(process(Counter::Perf, write, scratch.path()));
+        }
     }
     rows.push(map_memory("memory-trim", "trimmed", effort)?);
     rows.push(map_memory("memory-write", "written", effort)?);
@@ -80,14 +128,14 @@ fn each(what: &str, place: &Path) -> Result<(f64, f64), String> {
     let log = place.join("callgrind.log");
     let mut counts = Vec::new();
     for count in [FEW, MANY] {
-        let mut command = command(VALGRIND[0]);
+        let words = Counter::Callgrind.command(&log);
+        let mut command = command(&words[0]);
         command
-            .args(&VALGRIND[1..3])
-            .arg(format!("{}{}", VALGRIND[3], log.display()))
+            .args(&words[1..])
             .arg(this_executable())
             .args(["driver", what, &count.to_string()]);
         let (output, _) = command::run(&mut command, command::LIMIT)?;
-        counts.push((collected(&log)?, number(&output)?));
+        counts.push((Counter::Callgrind.count(&log)?, number(&output)?));
     }
     let requests = (MANY - FEW) as f64;
     Ok((
@@ -105,41 +153,44 @@ fn number(output: &str) -> Result<f64, String> {
     number.map_err(|_| format!("the driver said {output:?}"))
 }
 
-/// The line `Collected : 123` of callgrind.
-fn collected(log: &Path) -> Result<f64, String> {
-    let text = std::fs::read_to_string(log).map_err(|error| format!("callgrind: {error}"))?;
-    let line = text.lines().find_map(|line| line.split_once("Collected :"));
-    line.and_then(|(_, count)| count.trim().parse().ok())
-        .ok_or_else(|| "callgrind counted nothing".into())
-}
-
 /// The whole nbdkit with a filter, beyond nbdkit without one.
-fn process(write: bool, place: &Path) -> Result<Row, String> {
-    let systems = [System::Ours, System::CDefault, System::C4K];
-    let without = process_each(System::NoFilter, write, place)?;
-    let mut figures = Vec::new();
-    for system in systems {
-        figures.push((system, process_each(system, write, place)? - without));
-    }
-    let (id, title) = if write {
-        (
-            "process-write",
-            "nbdkit as a whole, 4K write to a fresh block",
-        )
+fn process(counter: Counter, write: bool, place: &Path) -> Row {
+    let (kind, request) = if write {
+        ("write", "4K write to a fresh block")
     } else {
-        ("process-read", "nbdkit as a whole, 4K read of the base")
+        ("read", "4K read of the base")
     };
-    let title = format!("{title}, beyond no filter");
-    Ok(Row::single(id, &title, "instructions", &figures))
+    let (id, what) = match counter {
+        Counter::Callgrind => ("process", "nbdkit as a whole"),
+        Counter::Perf => ("system", "nbdkit as a whole and the kernel"),
+    };
+    let title = format!("{what}, {request}, beyond no filter");
+    let mut row = Row::single(&format!("{id}-{kind}"), &title, "instructions", &[]);
+    let without = process_each(counter, System::NoFilter, write, place);
+    for system in [System::Ours, System::CDefault, System::C4K] {
+        let figure = without.clone().and_then(|without| {
+            let with = process_each(counter, system, write, place)?;
+            Ok(with - without)
+        });
+        match figure {
+            Ok(figure) => drop(row.figures.insert(system, vec![Some(figure)])),
+            Err(reason) => drop(row.failures.insert(system, [reason].into())),
+        }
+    }
+    row
 }
 
-fn process_each(system: System, write: bool, place: &Path) -> Result<f64, String> {
+fn process_each(
+    counter: Counter,
+    system: System,
+    write: bool,
+    place: &Path,
+) -> Result<f64, String> {
     const FEW: u64 = 200;
     const MANY: u64 = 2200;
-    let log = place.join("callgrind.log");
+    let log = place.join("count.log");
     let mut setup = Setup::plugin(&["null", "size=1G"]);
-    setup.under = VALGRIND.map(String::from).to_vec();
-    setup.under[3].push_str(&log.display().to_string());
+    setup.under = counter.command(&log);
     let data = [1; 4096];
     let mut counts = Vec::new();
     for count in [FEW, MANY] {
@@ -158,10 +209,10 @@ fn process_each(system: System, write: bool, place: &Path) -> Result<f64, String
             },
         });
         let done = client.all(requests, 1);
-        done.map_err(|error| format!("under callgrind: {error}"))?;
+        done.map_err(|error| format!("while they were counted: {error}"))?;
         drop(client);
         server.stop();
-        counts.push(collected(&log)?);
+        counts.push(counter.count(&log)?);
     }
     Ok((counts[1] - counts[0]) / (MANY - FEW) as f64)
 }

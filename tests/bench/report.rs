@@ -147,7 +147,8 @@ pub fn page(rows: &[Row], effort: &Effort, took: Duration) -> String {
     page.push_str(&table(plain().filter(amounts), compared, &mut notes));
     page.push_str(
         "\n\"Core\" rows are counted in the core of the filter without nbdkit, over a base and a store that do \
-         nothing. Instructions are callgrind's.\n",
+         nothing. Instructions are callgrind's, and those of the kernel too perf's, where the \
+         machine lets it count.\n",
     );
     page.push_str("\n## An overlay that is kept\n\nRates (more is better), as ratios:\n\n");
     let kept = || rows.iter().filter(|row| row.is_kept());
