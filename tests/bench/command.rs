@@ -74,18 +74,24 @@ pub fn signal(pid: u32, number: libc::c_int) {
 }
 
 /// Ends a server: asks first, then insists.
-pub fn end(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+pub fn end(child: &mut Child, patience: Duration) {
     signal(child.id(), libc::SIGTERM);
+    if wait(child, patience).is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+/// None if it has not ended when `patience` has.
+pub fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
     let start = Instant::now();
     while start.elapsed() < patience {
         match child.try_wait() {
             Ok(None) => thread::sleep(Duration::from_millis(1)),
-            Ok(ended) => return ended,
-            Err(_) => return None,
+            ended => return ended.ok().flatten(),
         }
     }
-    let _ = child.kill();
-    child.wait().ok()
+    None
 }
 
 /// The last line that says something.

@@ -368,7 +368,14 @@ impl Server {
     /// and gives the time that it took.
     pub fn stop(mut self) -> Duration {
         let start = Instant::now();
-        command::end(&mut self.child, command::LIMIT);
+        let pid = self.child.id();
+        // perf runs it as a child, and tells nothing when it is ended itself.
+        let below = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let below = below.ok().and_then(|pids| pids.trim().parse().ok());
+        command::signal(below.unwrap_or(pid), libc::SIGTERM);
+        if command::wait(&mut self.child, command::LIMIT).is_none() {
+            command::end(&mut self.child, Duration::ZERO);
+        }
         start.elapsed()
     }
 }
