@@ -16,6 +16,9 @@ const PIECE: usize = 128 << 10;
 
 /// Writes all of `buf` at `offset`.
 pub fn write_all(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
+    if buf.len() <= PIECE {
+        return file.write_all_at(buf, offset);
+    }
     let mut at = offset;
     for piece in buf.chunks(PIECE) {
         file.write_all_at(piece, at)?;

@@ -313,6 +313,8 @@ impl<S: Store> Overlay<S> {
         Ok(())
     }
 
+    // Here and below the compiler would make a call of what is shorter than one.
+    #[inline(always)]
     fn must_store(&self, block: BlockNum, bytes: &[u8], origin: u64) -> Result<bool> {
         let part = self.bytes_of(&(block..block.next())).in_buffer(origin);
         Ok(!is_zero(&bytes[part]) || self.map.state(block)? == State::Data)
@@ -373,6 +375,7 @@ impl<S: Store> Overlay<S> {
     }
 
     /// Changes the states of `blocks` by `set`, one of those of the block map.
+    #[inline(always)]
     fn publish(
         &self,
         blocks: &Range<BlockNum>,
