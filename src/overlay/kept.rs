@@ -5,14 +5,16 @@
 //! yet is made as soon as the size of the disk is known.
 
 use std::ffi::{CStr, CString, OsStr};
-use std::fs::{self, File, Metadata};
-use std::io;
+use std::fs::{self, File, Metadata, Permissions};
+use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::directory::Directory;
 use super::store::Files;
@@ -238,6 +240,7 @@ impl Kept {
             )));
         }
         self.check_backing(&header)?;
+        self.expect_allowed(layout)?;
         let can_zero_range = Directory::try_out(self.directory().to_owned())
             .is_ok_and(|directory| directory.can_zero_range());
         let overlay = Overlay::resume(image, can_zero_range)?;
@@ -276,6 +279,10 @@ impl Kept {
                 Path::new(ours).display()
             )));
         }
+        // The export's own size is not known before nbdkit is in the background.
+        if let Some(Backing::File(path)) = &self.backing {
+            self.expect_made_for(self.size_of(path)?, header.layout.disk_size())?;
+        }
         let now = recorded_file.as_deref().and_then(mtime_of);
         let was_modified = matches!((header.mtime, now), (Some(then), Some(now)) if then != now);
         if was_modified {
@@ -303,13 +310,51 @@ impl Kept {
         self.path.parent().unwrap_or(Path::new("/"))
     }
 
+    /// Looks, before nbdkit goes into the background, whether the image will find its
+    /// place, as far as that can be told.
     fn expect_makeable(&self) -> Result<()> {
+        if self.path.is_symlink() {
+            return Err(self.refused("it is a symbolic link to a file that does not exist"));
+        }
         let Some(backing) = &self.backing else {
             return Err(self
                 .refused("the name of its backing file is not known: give it with cow-backing="));
         };
         self.recorded_name(backing)?;
-        self.try_directory().map(drop)
+        let directory = self.try_directory()?;
+        if let Backing::File(path) = backing {
+            // It has to have the size of the export.
+            let layout = Layout::new(self.size_of(path)?, self.block_size_in(&directory))?;
+            self.expect_allowed(layout)?;
+            tempfile::tempfile_in(self.directory())
+                .and_then(|file| file.set_len(layout.end))
+                .map_err(|e| self.failed(e, &format!("making it {} bytes long", layout.end)))?;
+        }
+        Ok(())
+    }
+
+    fn block_size_in(&self, directory: &Directory) -> BlockSize {
+        self.block_size
+            .unwrap_or_else(|| directory.default_block_size())
+    }
+
+    /// Beyond the limit of `ulimit -f` the system does not answer a write with an
+    /// error but ends the process by SIGXFSZ.
+    fn expect_allowed(&self, layout: Layout) -> Result<()> {
+        let limit = getrlimit(Resource::RLIMIT_FSIZE);
+        let (limit, _) = limit.map_err(|e| self.failed(e.into(), "asking for ulimit -f"))?;
+        if layout.end <= limit {
+            return Ok(());
+        }
+        Err(Error::new(
+            libc::EFBIG,
+            format!(
+                "cow-overlay={} can't be used: it takes a file of {} bytes, \
+                 but the limit on the size of a file (ulimit -f) is {limit}",
+                self.path.display(),
+                layout.end
+            ),
+        ))
     }
 
     /// The name of the base as QEMU is to find it: relative to the directory of the
@@ -377,21 +422,29 @@ impl Kept {
                 size
             }
         };
-        if overlay != size {
-            return Err(self.refused(format!(
-                "it was made for a base of {overlay} bytes, but this one has {size}"
-            )));
-        }
+        self.expect_made_for(size, overlay)?;
         Ok(export)
+    }
+
+    fn expect_made_for(&self, size: u64, overlay: u64) -> Result<()> {
+        if overlay == size {
+            return Ok(());
+        }
+        Err(self.refused(format!(
+            "it was made for a base of {overlay} bytes, but this one has {size}"
+        )))
+    }
+
+    fn size_of(&self, path: &Path) -> Result<u64> {
+        // (A block device has its size at its end.)
+        File::open(path)
+            .and_then(|mut file| file.seek(SeekFrom::End(0)))
+            .map_err(|e| self.failed(e, &format!("asking the size of {}", path.display())))
     }
 
     /// What the clients see must be what QEMU will find under the recorded name.
     fn expect_size(&self, path: &Path, size: u64) -> Result<()> {
-        use std::io::{Seek, SeekFrom};
-        // (A block device has its size at its end.)
-        let found = File::open(path)
-            .and_then(|mut file| file.seek(SeekFrom::End(0)))
-            .map_err(|e| self.failed(e, &format!("asking the size of {}", path.display())))?;
+        let found = self.size_of(path)?;
         if found == size {
             return Ok(());
         }
@@ -406,9 +459,7 @@ impl Kept {
     /// on the disk: a crash leaves either none or a whole one.
     fn make(&self, size: u64) -> Result<Overlay<Files>> {
         let directory = self.try_directory()?;
-        let block_size = self
-            .block_size
-            .unwrap_or_else(|| directory.default_block_size());
+        let block_size = self.block_size_in(&directory);
         let Some(backing) = &self.backing else {
             return Err(self.refused("the name of its backing file is not known"));
         };
@@ -420,12 +471,16 @@ impl Kept {
                 Backing::Name(_) => None,
             },
         };
+        self.expect_allowed(header.layout)?;
         let failed = |e| self.failed(e, "making it");
         let named = tempfile::Builder::new()
             .prefix(".cow-overlay-")
             .tempfile_in(self.directory())
             .map_err(failed)?;
         let file = named.as_file().try_clone().map_err(failed)?;
+        // The umask may have taken some of it away.
+        file.set_permissions(Permissions::from_mode(0o600))
+            .map_err(failed)?;
         self.lock(&file)?;
         let image = Image::create(file, &self.path, &header)?;
         named.as_file().sync_all().map_err(failed)?;
