@@ -162,7 +162,8 @@ impl<F: ImageFile> Image<F> {
         let layout = image.layout;
         if len < layout.end {
             return Err(image.refused(format!(
-                "it is {len} bytes long, but should be {}: it was truncated",
+                "it is {len} bytes long, but should be {}: it was truncated, \
+                 or emptied by qemu-img commit (which keeps it as it is with -d)",
                 layout.end
             )));
         }
