@@ -162,7 +162,7 @@ impl Header {
         let backing = usize::try_from(name_at)
             .ok()
             .filter(|at| *at >= HEADER_LEN as usize && name_len > 0 && name_len <= MAX_BACKING_NAME)
-            .and_then(|at| bytes.get(at..at + name_len))
+            .and_then(|at| bytes.get(at..at.checked_add(name_len)?))
             .ok_or_else(|| {
                 refused(format!(
                     "it has no backing file name where its header says \
