@@ -5,7 +5,7 @@ use crate::harness::{Base, Setup, noise};
 
 /// Writes until it is full and on; then the disk must hold what was
 /// acknowledged, and of each block of a failed write the old bytes or the new.
-const FILL_UP: &str = r#"
+pub const FILL_UP: &str = r#"
     BLOCK = int(ARGS[0])
     content = read(h)
     failed = 0

@@ -1,6 +1,6 @@
 //! Parameters: what is accepted, what is refused and with which words.
 
-use crate::harness::server::library;
+use crate::harness::setup::library;
 use crate::harness::{Base, Server, Setup, noise, run};
 
 /// A bad value ends nbdkit with one message that names the parameter, the value

@@ -116,7 +116,7 @@ fn a_base_of_another_size_below_a_filter_can_be_written() {
 #[test]
 fn an_overlay_can_lie_over_an_overlay() {
     let base = Base::new(&noise(5, 300_001));
-    let library = crate::harness::server::library();
+    let library = crate::harness::setup::library();
     let server = Setup::new().below(library).start(&["file", base.path()]);
     server.nbdsh("Model([h, connect()], read(h), 1).run(150).check()");
 }

@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use crate::harness::command::{LIMIT, command, eventually, signal, success};
+use crate::harness::command::{command, success};
 use crate::harness::mount::Mount;
-use crate::harness::{Base, Setup, noise, run, scratch};
+use crate::harness::{Base, Daemon, Setup, noise, run, scratch};
 
 fn assert_refused(directory: &Path, reason: &str) {
     let error = Setup::new().tmpdir(directory).error(&["null", "size=1M"]);
@@ -183,46 +183,20 @@ fn a_relative_directory_is_that_of_the_start() {
     let base = Base::new(&noise(3, 100_000));
     let files = scratch();
     fs::create_dir(files.path().join("relative")).unwrap();
-    let socket = files.path().join("socket");
-    let pidfile = files.path().join("pid");
-    let mut nbdkit = Setup::new().command(
+    let daemon = Daemon::start(
+        &Setup::new(),
         &["file", base.path(), "cow-scope=connection"],
         "relative".as_ref(),
-        |nbdkit| {
-            nbdkit.arg("-U").arg(&socket).arg("-P").arg(&pidfile);
-            nbdkit.current_dir(files.path());
-        },
+        files.path(),
     );
-    success(&mut nbdkit);
-    let daemon = Daemon::of(&pidfile);
-    let uri = format!("nbd+unix:///?socket={}", socket.display());
     let source = files.path().join("source");
     fs::write(&source, noise(4, 100_000)).unwrap();
-    success(command("nbdcopy").arg("--flush").arg(&source).arg(&uri));
-    drop(daemon);
-}
-
-/// An nbdkit that is nobody's child any more.
-struct Daemon(u32);
-
-impl Daemon {
-    fn of(pidfile: &Path) -> Daemon {
-        let read = || fs::read_to_string(pidfile).unwrap_or_default();
-        assert!(eventually(LIMIT, || read().ends_with('\n')), "no pid file");
-        Daemon(read().trim().parse().expect("a process id"))
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        signal(self.0, libc::SIGTERM);
-        let process = format!("/proc/{}", self.0);
-        let ended = eventually(LIMIT, || !Path::new(&process).exists());
-        assert!(
-            ended || std::thread::panicking(),
-            "the daemon ignored SIGTERM"
-        );
-    }
+    success(
+        command("nbdcopy")
+            .arg("--flush")
+            .arg(&source)
+            .arg(daemon.uri()),
+    );
 }
 
 /// Space that can't be given back is a pity, and no reason to refuse the service.

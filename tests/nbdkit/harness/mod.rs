@@ -3,14 +3,18 @@
 
 pub mod base;
 pub mod command;
+pub mod daemon;
 pub mod log;
 pub mod mount;
 pub mod python;
 pub mod server;
+pub mod setup;
 
 pub use base::Base;
 pub use command::{run, run_in};
-pub use server::{Server, Setup};
+pub use daemon::Daemon;
+pub use server::Server;
+pub use setup::Setup;
 
 /// A directory that goes away with the value.
 ///

@@ -1,195 +1,18 @@
-//! nbdkit with the filter: started on a socket of its own, and looked at when it stops.
+//! A running nbdkit: spoken to, and looked at when it stops.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::command::{self, Outcome, command, eventually, kill_group, outcome, signal, spawn};
+use super::command::{self, eventually, kill_group, signal, spawn};
 use super::python;
-
-/// The library under test.
-pub fn library() -> &'static str {
-    static FOUND: OnceLock<String> = OnceLock::new();
-    FOUND.get_or_init(|| {
-        let path = match std::env::var_os("COW_FILTER") {
-            Some(path) => PathBuf::from(path),
-            None => std::env::current_exe()
-                .expect("the path of this executable")
-                .with_file_name("libnbdkit_cow_filter.so"),
-        };
-        assert!(
-            path.is_file(),
-            "the library to be tested is not at {}: `cargo build` makes it",
-            path.display()
-        );
-        path.into_os_string().into_string().expect("a UTF-8 path")
-    })
-}
-
-/// How nbdkit is to be started; the default is one filter and nothing else.
-#[derive(Default)]
-pub struct Setup {
-    options: Vec<String>,
-    above: Vec<String>,
-    below: Vec<String>,
-    env: Vec<(String, String)>,
-    tmpdir: Option<PathBuf>,
-    without_tmpdir: bool,
-    file_size_limit: Option<u64>,
-}
-
-impl Setup {
-    pub fn new() -> Setup {
-        Setup::default()
-    }
-
-    /// An option of nbdkit itself.
-    pub fn option(mut self, option: &str) -> Setup {
-        self.options.push(option.into());
-        self
-    }
-
-    /// A filter between the client and ours.
-    pub fn above(mut self, filter: &str) -> Setup {
-        self.above.push(format!("--filter={filter}"));
-        self
-    }
-
-    /// A filter between ours and the plugin.
-    pub fn below(mut self, filter: &str) -> Setup {
-        self.below.push(format!("--filter={filter}"));
-        self
-    }
-
-    pub fn env(mut self, name: &str, value: &str) -> Setup {
-        self.env.push((name.into(), value.into()));
-        self
-    }
-
-    /// The directory of the overlays, instead of a fresh one.
-    pub fn tmpdir(mut self, directory: &Path) -> Setup {
-        self.tmpdir = Some(directory.into());
-        self
-    }
-
-    /// No TMPDIR in nbdkit's environment.
-    pub fn without_tmpdir(mut self) -> Setup {
-        self.without_tmpdir = true;
-        self.tmpdir("/var/tmp".as_ref())
-    }
-
-    /// As after `ulimit -f`, in bytes.
-    pub fn file_size_limit(mut self, bytes: u64) -> Setup {
-        self.file_size_limit = Some(bytes);
-        self
-    }
-
-    /// Starts nbdkit and waits until it serves.
-    pub fn start(&self, plugin: &[&str]) -> Server {
-        let scratch = super::scratch();
-        let tmpdir = self.overlays(scratch.path());
-        let stderr = scratch.path().join("stderr");
-        let pidfile = scratch.path().join("pid");
-        let mut nbdkit = self.command(plugin, &tmpdir, |nbdkit| {
-            nbdkit.args(["-f", "--exit-with-parent", "-U"]);
-            nbdkit.arg(scratch.path().join("socket"));
-            nbdkit.arg("-P").arg(&pidfile);
-        });
-        nbdkit.stderr(File::create(&stderr).expect("a file for stderr"));
-        let before = listing(&tmpdir);
-        let mut server = Server {
-            child: spawn(&mut nbdkit),
-            before,
-            tmpdir,
-            scratch,
-            ended: false,
-        };
-        let mut died = None;
-        eventually(command::LIMIT, || {
-            died = server.child.try_wait().expect("wait for nbdkit");
-            died.is_some() || fs::metadata(&pidfile).is_ok_and(|file| file.len() > 0)
-        });
-        if let Some(status) = died {
-            server.ended = true;
-            panic!("{nbdkit:?} ended: {status}\n{}", server.stderr());
-        }
-        server
-    }
-
-    /// Starts nbdkit with parameters that it must refuse, and gives what it said.
-    pub fn refusal(&self, plugin: &[&str]) -> String {
-        let scratch = super::scratch();
-        let tmpdir = self.overlays(scratch.path());
-        let mut nbdkit = self.command(plugin, &tmpdir, |nbdkit| {
-            // What nbdkit runs once it serves: that it did not is part of a refusal.
-            nbdkit.args(["-U", "-", "--run", "echo it serves"]);
-        });
-        let Outcome {
-            status,
-            stdout,
-            stderr,
-        } = outcome(&mut nbdkit);
-        assert_eq!(stdout, "", "{nbdkit:?} was not refused: {stderr}");
-        assert_eq!(status.code(), Some(1), "{nbdkit:?}: {status}\n{stderr}");
-        stderr
-    }
-
-    /// As [`Setup::refusal`], when one error message is all there may be.
-    pub fn error(&self, plugin: &[&str]) -> String {
-        let stderr = self.refusal(plugin);
-        let errors: Vec<_> = stderr.lines().filter(|l| l.contains("error: ")).collect();
-        assert_eq!(errors.len(), 1, "one error message, not {stderr:?}");
-        errors[0].to_string()
-    }
-
-    /// Runs nbdkit in a way that ends by itself, such as `--help`.
-    pub fn output(&self, plugin: &[&str]) -> Outcome {
-        let scratch = super::scratch();
-        let tmpdir = self.overlays(scratch.path());
-        outcome(&mut self.command(plugin, &tmpdir, |_| {}))
-    }
-
-    fn overlays(&self, scratch: &Path) -> PathBuf {
-        self.tmpdir.clone().unwrap_or_else(|| {
-            let own = scratch.join("overlays");
-            fs::create_dir(&own).expect("a directory for overlays");
-            own
-        })
-    }
-
-    /// Options come before the plugin, and what follows the plugin is its parameters.
-    pub fn command(
-        &self,
-        plugin: &[&str],
-        tmpdir: &Path,
-        options: impl FnOnce(&mut Command),
-    ) -> Command {
-        let mut nbdkit = match self.file_size_limit {
-            None => command("nbdkit"),
-            Some(bytes) => {
-                let mut prlimit = command("prlimit");
-                prlimit.arg(format!("--fsize={bytes}")).arg("nbdkit");
-                prlimit
-            }
-        };
-        if !self.without_tmpdir {
-            nbdkit.env("TMPDIR", tmpdir);
-        }
-        nbdkit.envs(self.env.iter().map(|(name, value)| (name, value)));
-        options(&mut nbdkit);
-        nbdkit.args(&self.options).args(&self.above);
-        nbdkit.arg(format!("--filter={}", library()));
-        nbdkit.args(&self.below).args(plugin);
-        nbdkit
-    }
-}
+use super::setup::Setup;
 
 /// A running nbdkit. Dropping it stops it and looks at how it went, unless the
 /// test has failed already; then its last words are shown.
@@ -212,6 +35,33 @@ pub struct OverlayFile {
 impl Server {
     pub fn start(plugin: &[&str]) -> Server {
         Setup::new().start(plugin)
+    }
+
+    /// Starts this nbdkit, which writes to "stderr" in `scratch`, and waits until it serves.
+    pub fn spawn(
+        nbdkit: &mut Command,
+        pidfile: &Path,
+        tmpdir: PathBuf,
+        scratch: TempDir,
+    ) -> Server {
+        let before = listing(&tmpdir);
+        let mut server = Server {
+            child: spawn(nbdkit),
+            before,
+            tmpdir,
+            scratch,
+            ended: false,
+        };
+        let mut died = None;
+        eventually(command::LIMIT, || {
+            died = server.child.try_wait().expect("wait for nbdkit");
+            died.is_some() || fs::metadata(pidfile).is_ok_and(|file| file.len() > 0)
+        });
+        if let Some(status) = died {
+            server.ended = true;
+            panic!("{nbdkit:?} ended: {status}\n{}", server.stderr());
+        }
+        server
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -260,6 +110,12 @@ impl Server {
     /// started by the test.
     pub fn script(&self, code: &str) -> Command {
         self.client("", code, &[])
+    }
+
+    /// As [`Server::script`], with lines of Python that come first, and words that the
+    /// code finds in `ARGS`.
+    pub fn script_after(&self, first: &str, code: &str, args: &[&str]) -> Command {
+        self.client(first, code, args)
     }
 
     fn client(&self, first: &str, code: &str, args: &[&str]) -> Command {
@@ -321,6 +177,17 @@ impl Server {
         self.end();
     }
 
+    /// As [`Server::stop`], and gives what nbdkit had said at its end.
+    pub fn stop_and_tell(mut self) -> String {
+        self.end();
+        self.stderr()
+    }
+
+    /// Stops nbdkit as a terminal's Ctrl-C would.
+    pub fn interrupt(mut self) {
+        self.end_by(libc::SIGINT);
+    }
+
     /// Ends nbdkit as a crash would.
     pub fn kill(mut self) {
         self.ended = true;
@@ -329,8 +196,12 @@ impl Server {
     }
 
     fn end(&mut self) {
+        self.end_by(libc::SIGTERM);
+    }
+
+    fn end_by(&mut self, number: libc::c_int) {
         self.ended = true;
-        signal(self.child.id(), libc::SIGTERM);
+        signal(self.child.id(), number);
         let status = command::wait(&mut self.child, Duration::from_secs(60));
         if status.is_none() {
             kill_group(&mut self.child);
@@ -341,7 +212,7 @@ impl Server {
 
     fn look_at_the_end(&self, status: Option<ExitStatus>) {
         let stderr = self.stderr();
-        let status = status.unwrap_or_else(|| panic!("nbdkit ignored SIGTERM\n{stderr}"));
+        let status = status.unwrap_or_else(|| panic!("nbdkit ignored the signal\n{stderr}"));
         assert!(status.success(), "nbdkit ended with {status}\n{stderr}");
         assert!(!stderr.contains("panicked"), "a panic:\n{stderr}");
         // In the shared /var/tmp the other tests come and go.
