@@ -27,7 +27,7 @@ fn random_requests(block: u64, sizes: &[u64]) {
     for &size in sizes {
         let disk = Disk::new(size, block);
         let server = disk.serve();
-        disk.client(&server, size + block, "disk.run(120).check().save()");
+        disk.client(&server, size + block, "disk.run(70).check().save()");
         server.stop();
         disk.assert_sound();
         let said = run(&[
@@ -63,7 +63,7 @@ fn blocks_of_64k() {
 fn a_disk_that_is_rewritten_many_times() {
     let disk = Disk::new((1 << 20) + 777, 4096);
     let server = disk.serve();
-    disk.client(&server, 1, "disk.run(1500).check().save()");
+    disk.client(&server, 1, "disk.run(900).check().save()");
     server.stop();
     disk.assert_sound();
 }

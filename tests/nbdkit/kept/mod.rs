@@ -1,7 +1,17 @@
 //! The overlay that is kept, as a user has it: real nbdkit, real clients, and
 //! QEMU's own tools to say whether the image is what it should be.
 
+mod conflicts;
+mod damage;
+mod full;
 mod images;
+mod locks;
+mod names;
+mod places;
+mod qemu;
+mod resume;
+mod small;
+mod syncs;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -9,11 +19,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::harness::command::{Outcome, command, outcome};
+use crate::harness::command::{LIMIT, Outcome, command, eventually, outcome};
 use crate::harness::{Base, Server, Setup, noise, run};
 
 /// What Python finds beside client.py: `Disk`, the model.
-const MODEL: &str = include_str!("model.py");
+const CLIENT: &str = concat!(
+    include_str!("model.py"),
+    "\ndisk = Disk(h, ARGS[0], int(ARGS[1]), int(ARGS[2]))\n"
+);
 
 /// A path of our own making.
 fn text(path: &Path) -> &str {
@@ -71,9 +84,23 @@ impl Disk {
 
     /// Runs Python code that has the model in `disk`.
     fn client(&self, server: &Server, seed: u64, code: &str) -> String {
-        let (block, seed) = (self.block.to_string(), seed.to_string());
-        let first = format!("{MODEL}\ndisk = Disk(h, ARGS[0], int(ARGS[1]), int(ARGS[2]))\n");
-        server.nbdsh_after(&first, &[text(&self.model()), &block, &seed], code)
+        let args = self.client_args(seed);
+        server.nbdsh_after(CLIENT, &args.each_ref().map(String::as_str), code)
+    }
+
+    /// As [`Disk::client`], with an nbdkit that ends when its client does.
+    fn run_client(&self, seed: u64, code: &str) {
+        let args = self.client_args(seed);
+        let args = args.each_ref().map(String::as_str);
+        let plugin = self.plugin(&[]);
+        let plugin: Vec<_> = plugin.iter().map(String::as_str).collect();
+        Setup::new().run_nbdsh(&plugin, CLIENT, &args, code);
+        wait_until_unlocked(&self.overlay());
+    }
+
+    fn client_args(&self, seed: u64) -> [String; 3] {
+        let model = text(&self.model()).to_string();
+        [model, self.block.to_string(), seed.to_string()]
     }
 
     /// What must be true whenever no nbdkit serves the image, after a clean end.
@@ -178,6 +205,30 @@ fn map(overlay: &Path) -> Vec<(u64, u64, State)> {
     merged
 }
 
+/// The nbdkit that its user sees end with `--run` leaves another behind, which holds
+/// the lock until all is in the image.
+fn wait_until_unlocked(overlay: &Path) {
+    let info = || attempt(&["qemu-img", "info", text(overlay)]);
+    let is_free = eventually(LIMIT, || info().status.success());
+    assert!(is_free, "{overlay:?} stays locked");
+}
+
+/// nbdkit must refuse this, in one sentence with these words, before it goes into the
+/// background, and leave the file as it is.
+fn assert_refused(plugin: &[&str], overlay: &Path, words: &[&str]) {
+    let before = Seal::of(overlay);
+    let error = Setup::new().error(plugin);
+    assert_says(&error, &[&[text(overlay)], words].concat());
+    assert_eq!(Seal::of(overlay), before, "{overlay:?}: {error}");
+}
+
+fn assert_says(error: &str, words: &[&str]) {
+    assert!(!error.contains("internal error"), "{error}");
+    for word in words {
+        assert!(error.contains(word), "{word:?} in {error:?}");
+    }
+}
+
 /// Any program with any arguments, to its end.
 fn attempt(words: &[&str]) -> Outcome {
     outcome(command(words[0]).args(&words[1..]))
@@ -211,12 +262,29 @@ fn compare(overlay: &Path, raw: &Path) {
 }
 
 /// A file that must come out of a refusal as it went in.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(PartialEq, Eq)]
 struct Seal {
     content: Vec<u8>,
     modified: (i64, i64),
     mode: u32,
     inode: u64,
+}
+
+impl std::fmt::Debug for Seal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Without the content, which is long.
+        let Seal {
+            content,
+            modified,
+            mode,
+            inode,
+        } = self;
+        write!(
+            f,
+            "{} bytes, modified {modified:?}, mode {mode:o}, inode {inode}",
+            content.len()
+        )
+    }
 }
 
 impl Seal {

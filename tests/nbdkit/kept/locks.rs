@@ -1,0 +1,201 @@
+//! One program writes to an image at a time, be it nbdkit or one of QEMU's.
+
+use std::fs;
+use std::process::{Child, Stdio};
+
+use super::{Disk, Seal, assert_says, attempt, compare, text};
+use crate::harness::Setup;
+use crate::harness::command::{LIMIT, command, eventually, kill_group, spawn, wait};
+use crate::harness::run;
+
+fn disk() -> Disk {
+    let disk = Disk::new((3 << 20) + 512, 4096);
+    let server = disk.serve();
+    disk.client(&server, 1, "disk.run(60).check().save()");
+    server.stop();
+    disk
+}
+
+fn assert_in_use(disk: &Disk) {
+    let before = Seal::of(&disk.overlay());
+    let plugin = disk.plugin(&[]);
+    let plugin: Vec<_> = plugin.iter().map(String::as_str).collect();
+    let error = Setup::new().error(&plugin);
+    assert_says(
+        &error,
+        &[text(&disk.overlay()), "in use by another program"],
+    );
+    assert_eq!(Seal::of(&disk.overlay()), before);
+}
+
+#[test]
+fn a_second_nbdkit_is_refused_and_the_first_goes_on() {
+    let disk = disk();
+    let server = disk.serve();
+    disk.client(&server, 2, "disk.run(20).save()");
+    for _ in 0..3 {
+        assert_in_use(&disk);
+    }
+    disk.client(&server, 3, "disk.check().run(20).check().save()");
+    server.stop();
+    disk.assert_sound();
+}
+
+/// Also while the image has just been made, and before any client has come.
+#[test]
+fn an_image_that_was_made_a_moment_ago_is_locked() {
+    let disk = Disk::new(1 << 20, 4096);
+    let server = disk.serve();
+    let exists = || disk.overlay().exists();
+    assert!(eventually(LIMIT, exists), "no image before a client comes");
+    assert_in_use(&disk);
+    server.stop();
+}
+
+#[test]
+fn what_would_write_to_a_served_image_is_refused() {
+    let disk = disk();
+    let server = disk.serve();
+    disk.client(&server, 2, "disk.run(20); h.flush(); disk.save()");
+    let overlay = disk.overlay();
+    let image = text(&overlay);
+    let before = Seal::of(&overlay);
+    for words in [
+        &["qemu-io", "-c", "write -P 1 0 4096", image][..],
+        &["qemu-img", "commit", image],
+        &["qemu-img", "rebase", "-F", "raw", "-b", "", image],
+        &["qemu-img", "rebase", "-u", "-F", "raw", "-b", "x", image],
+        &["qemu-img", "resize", image, "+1M"],
+        &["qemu-img", "check", "-r", "all", image],
+        &["qemu-img", "snapshot", "-c", "s", image],
+        &["qemu-img", "amend", "-o", "lazy_refcounts=on", image],
+        &[
+            "qemu-img",
+            "convert",
+            "-n",
+            "-O",
+            "qcow2",
+            disk.base.path(),
+            image,
+        ],
+        // Neither is one that reads, and does not want it to change meanwhile.
+        &["qemu-img", "info", image],
+        &["qemu-img", "check", image],
+    ] {
+        let ended = attempt(words);
+        // (qemu-io of old versions says so and ends with success.)
+        let said = format!("{}{}", ended.stdout, ended.stderr);
+        assert!(said.contains("lock"), "{words:?}: {said}");
+        assert_eq!(Seal::of(&overlay), before, "{words:?}");
+    }
+    server.stop();
+    disk.assert_sound();
+}
+
+#[test]
+fn what_only_reads_and_says_so_works_while_it_is_served() {
+    let disk = disk();
+    let server = disk.serve();
+    disk.client(&server, 2, "disk.run(20); h.flush(); disk.save()");
+    let (overlay, model) = (disk.overlay(), disk.model());
+    let (image, model) = (text(&overlay), text(&model));
+    let out = disk.base.directory().join("out.raw");
+    run(&["qemu-img", "info", "-U", image]);
+    run(&["qemu-img", "map", "-U", image]);
+    run(&[
+        "qemu-img", "compare", "-U", "-f", "qcow2", "-F", "raw", image, model,
+    ]);
+    run(&["qemu-img", "convert", "-U", "-O", "raw", image, text(&out)]);
+    assert!(fs::read(&out).unwrap() == fs::read(model).unwrap());
+    // And leaves it to nbdkit.
+    disk.client(&server, 3, "disk.check().run(20).check().save()");
+    server.stop();
+    disk.assert_sound();
+}
+
+struct Holder(Child);
+
+impl Holder {
+    /// Starts a program, and waits until it has its locks on the image.
+    fn start(words: &[&str]) -> Holder {
+        let mut holder = command(words[0]);
+        holder
+            .args(&words[1..])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null());
+        let holder = Holder(spawn(&mut holder));
+        let descriptors = format!("/proc/{}/fdinfo", holder.0.id());
+        let has_locks = || {
+            let files = fs::read_dir(&descriptors).into_iter().flatten().flatten();
+            let texts = files.filter_map(|file| fs::read_to_string(file.path()).ok());
+            let locks = |text: String| {
+                text.lines()
+                    .filter(|line| line.starts_with("lock:"))
+                    .count()
+            };
+            // What it has and what it does not share, of which writing is one.
+            texts.map(locks).any(|count| count >= 3)
+        };
+        assert!(eventually(LIMIT, has_locks), "{words:?} locks nothing");
+        holder
+    }
+
+    fn stop(mut self) {
+        kill_group(&mut self.0);
+        assert!(wait(&mut self.0, LIMIT).is_some(), "a program does not end");
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        kill_group(&mut self.0);
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn nbdkit_is_refused_while_qemu_has_the_image() {
+    let disk = disk();
+    let overlay = disk.overlay();
+    let socket = disk.base.directory().join("qemu-nbd");
+    for words in [
+        &[
+            "qemu-nbd",
+            "-t",
+            "-f",
+            "qcow2",
+            "-k",
+            text(&socket),
+            text(&overlay),
+        ][..],
+        &["qemu-io", "-f", "qcow2", text(&overlay)],
+    ] {
+        let holder = Holder::start(words);
+        assert_in_use(&disk);
+        holder.stop();
+        let server = disk.serve();
+        disk.client(&server, 5, "disk.check()");
+        server.stop();
+    }
+}
+
+#[test]
+fn a_lock_goes_with_its_nbdkit() {
+    let disk = disk();
+    for round in 0..3 {
+        let server = disk.serve();
+        disk.client(
+            &server,
+            round,
+            "disk.check().run(20); h.flush(); disk.save()",
+        );
+        server.kill();
+    }
+    let server = disk.serve();
+    disk.client(&server, 9, "disk.check()");
+    server.stop();
+    run(&["qemu-io", "-c", "write -P 1 0 4096", text(&disk.overlay())]);
+    let words = ["qemu-io", "-f", "raw", "-c", "write -P 1 0 4096"];
+    run(&[&words[..], &[text(&disk.model())]].concat());
+    compare(&disk.overlay(), &disk.model());
+}

@@ -1,0 +1,152 @@
+//! Where the image is made, and over what it is never made.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+use super::small::{base, expected, read_by_qemu, serve, write_through};
+use super::{Seal, assert_refused, assert_says, check, text};
+use crate::harness::command::{command, outcome};
+use crate::harness::setup::library;
+use crate::harness::{Setup, noise, run, run_in, scratch};
+
+#[test]
+fn a_new_image_is_private_whatever_the_umask() {
+    for umask in ["000", "022", "077", "777"] {
+        let base = base();
+        let overlay = base.directory().join("new.qcow2");
+        let shell = format!("umask {umask}; exec \"$@\"");
+        let kept = format!("cow-overlay={}", text(&overlay));
+        let made = Setup::new()
+            .under(&["sh", "-c", &shell, "sh"])
+            .run(&["file", base.path(), &kept], "true");
+        assert!(made.status.success(), "{}", made.stderr);
+        let mode = fs::metadata(&overlay)
+            .expect("the image")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o7777, 0o600, "umask {umask}");
+        check(&overlay);
+    }
+}
+
+/// Nothing that is there is overwritten, and what is wrong is said before nbdkit goes
+/// into the background.
+#[test]
+fn a_file_that_is_not_ours_is_left_alone() {
+    let base = base();
+    let directory = base.directory();
+    let path = directory.join("theirs");
+    let kept = format!("cow-overlay={}", text(&path));
+    let qemu_img = |options: &[&str]| {
+        let words = [&["qemu-img", "create", "-q", "-f", "qcow2"], options].concat();
+        run_in(directory, &words);
+    };
+    let on_disk = ["-b", "disk.img", "-F", "raw"];
+    type Make<'a> = Box<dyn Fn() + 'a>;
+    let foreign: [(&str, Make); 9] = [
+        (
+            "no qcow2 image",
+            Box::new(|| fs::write(&path, noise(2, 100_000)).unwrap()),
+        ),
+        ("no qcow2 image", Box::new(|| fs::write(&path, "").unwrap())),
+        (
+            "no qcow2 image",
+            Box::new(|| fs::write(&path, b"QFI\xfb").unwrap()),
+        ),
+        (
+            "extended L2",
+            Box::new(|| qemu_img(&[&on_disk[..], &["theirs"]].concat())),
+        ),
+        (
+            "nbco",
+            Box::new(|| {
+                let options = "extended_l2=on,cluster_size=128k";
+                qemu_img(&[&on_disk[..], &["-o", options, "theirs"]].concat());
+            }),
+        ),
+        (
+            "backing file",
+            Box::new(|| {
+                qemu_img(&["-o", "extended_l2=on,cluster_size=128k", "theirs", "1M"]);
+            }),
+        ),
+        (
+            "Is a directory",
+            Box::new(|| fs::create_dir(&path).unwrap()),
+        ),
+        (
+            "no regular file",
+            Box::new(|| drop(run(&["mkfifo", text(&path)]))),
+        ),
+        (
+            "symbolic link",
+            Box::new(|| symlink("nowhere", &path).unwrap()),
+        ),
+    ];
+    for (words, make) in foreign {
+        make();
+        assert_refused(&["file", base.path(), &kept], &path, &[words]);
+        if fs::symlink_metadata(&path).unwrap().is_dir() {
+            fs::remove_dir(&path).unwrap();
+        } else {
+            fs::remove_file(&path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_file_that_may_not_be_written_to_is_refused() {
+    use std::os::unix::process::CommandExt;
+    let base = base();
+    let overlay = base.directory().join("diff.qcow2");
+    serve(base.path(), text(&overlay)).stop();
+    let before = Seal::of(&overlay);
+    fs::set_permissions(base.directory(), fs::Permissions::from_mode(0o755)).unwrap();
+    // The library may lie where only root can read.
+    let copy = base.directory().join("filter.so");
+    fs::copy(library(), &copy).unwrap();
+    let mut nbdkit = command("nbdkit");
+    nbdkit
+        .args(["-U", "-"])
+        .arg(format!("--filter={}", copy.display()))
+        .args(["file", base.path()])
+        .arg(format!("cow-overlay={}", overlay.display()))
+        .args(["--run", "echo it serves"])
+        .uid(65534)
+        .gid(65534);
+    let ended = outcome(&mut nbdkit);
+    assert_eq!(
+        (ended.status.code(), &*ended.stdout),
+        (Some(1), ""),
+        "{}",
+        ended.stderr
+    );
+    assert_says(&ended.stderr, &[text(&overlay), "Permission denied"]);
+    assert_eq!(Seal::of(&overlay), before);
+}
+
+/// A link to an image stands for it, as it does for QEMU: the base is looked for
+/// where the link is.
+#[test]
+fn a_link_to_an_image_is_followed_as_qemu_follows_it() {
+    let base = base();
+    let overlay = base.directory().join("diff.qcow2");
+    serve(base.path(), text(&overlay)).stop();
+    let beside = base.directory().join("link.qcow2");
+    symlink("diff.qcow2", &beside).unwrap();
+    let server = serve(base.path(), text(&beside));
+    write_through(&server.uri());
+    server.stop();
+    assert!(read_by_qemu(base.directory(), "link.qcow2") == expected());
+    assert!(read_by_qemu(base.directory(), "diff.qcow2") == expected());
+
+    let elsewhere = scratch();
+    let far = elsewhere.path().join("link.qcow2");
+    symlink(&overlay, &far).unwrap();
+    let kept = format!("cow-overlay={}", text(&far));
+    assert_refused(
+        &["file", base.path(), &kept],
+        &far,
+        &["backing file is disk.img"],
+    );
+}

@@ -1,0 +1,60 @@
+//! A small disk of known bytes, with one write that is always the same: for the tests
+//! that are about the image and not about what is in it.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::text;
+use crate::harness::{Base, Server, noise, run, run_in};
+
+pub const SIZE: usize = 300_000;
+
+/// What the clients here write, and what must then be in the disk.
+pub fn write_through(uri: &str) {
+    run(&["qemu-io", "-f", "raw", "-c", "write -P 7 100000 5000", uri]);
+}
+
+pub fn expected() -> Vec<u8> {
+    let mut bytes = noise(1, SIZE);
+    bytes[100_000..105_000].fill(7);
+    bytes
+}
+
+pub fn base() -> Base {
+    Base::new(&noise(1, SIZE))
+}
+
+pub fn serve(base: &str, overlay: &str) -> Server {
+    Server::start(&["file", base, &format!("cow-overlay={overlay}")])
+}
+
+/// The backing file's name in an image that is in this directory.
+pub fn recorded(directory: &Path, image: &str) -> String {
+    let info = run_in(
+        directory,
+        &["qemu-img", "info", "-U", "--output=json", image],
+    );
+    let info: Value = serde_json::from_str(&info).expect("JSON");
+    assert_eq!(info["backing-filename-format"], "raw");
+    info["backing-filename"]
+        .as_str()
+        .expect("a name")
+        .to_string()
+}
+
+/// What QEMU reads of an image that is in this directory.
+pub fn read_by_qemu(directory: &Path, image: &str) -> Vec<u8> {
+    let words = [
+        "qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, "read.raw",
+    ];
+    run_in(directory, &words);
+    let mut bytes = fs::read(directory.join("read.raw")).expect("the converted image");
+    bytes.truncate(SIZE);
+    bytes
+}
+
+pub fn kept_in(directory: &Path, name: &str) -> String {
+    format!("cow-overlay={}", text(&directory.join(name)))
+}
