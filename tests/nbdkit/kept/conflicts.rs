@@ -209,6 +209,19 @@ fn another_base_than_the_recorded_one_is_refused() {
     serve(text(&link), text(&overlay)).stop();
 }
 
+/// Whatever has the same size could be served under the image.
+#[test]
+fn a_base_that_nothing_names_is_refused_until_it_is_named() {
+    let base = base();
+    let overlay = base.directory().join("diff.qcow2");
+    serve(base.path(), text(&overlay)).stop();
+    let kept = kept_in(base.directory(), "diff.qcow2");
+    let backing = format!("cow-backing={}", base.path());
+    let size = fs::metadata(base.path()).unwrap().len().to_string();
+    assert_refused(&["memory", &size, &kept], &overlay, &[&backing]);
+    Server::start(&["memory", &size, &kept, &backing]).stop();
+}
+
 #[test]
 fn a_base_that_is_missing_is_said_to_be() {
     let base = base();

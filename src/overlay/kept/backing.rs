@@ -1,0 +1,157 @@
+//! The base of an image, as the image names it: what to record, and whether what is
+//! recorded is the base that is served.
+
+use std::ffi::OsStr;
+use std::fs::{self, File, Metadata};
+use std::io::{Seek, SeekFrom};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use super::Kept;
+use crate::config::Backing;
+use crate::error::{Error, Result};
+use crate::qcow2::header::{Header, MAX_BACKING_NAME, Mtime};
+
+impl Kept {
+    /// The recorded name must be that of the base, and the base should not have
+    /// changed since.
+    pub(super) fn check_backing(&self, header: &Header) -> Result<()> {
+        let recorded = OsStr::from_bytes(&header.backing);
+        let recorded_file = match Backing::parse(recorded) {
+            Backing::File(_) => Some(self.place.directory().join(recorded)),
+            Backing::Name(_) => None,
+        };
+        let Some(backing) = &self.backing else {
+            // Any disk of the same size would pass, and look damaged under the image.
+            let name = recorded_file.as_deref().unwrap_or(Path::new(recorded));
+            return Err(self.place.refused(format!(
+                "nothing says that this is the disk that it was made for: \
+                 if it is, give its name with cow-backing={}",
+                name.display()
+            )));
+        };
+        let is_same = match (backing, &recorded_file) {
+            (Backing::File(ours), Some(recorded)) => is_same_file(ours, recorded),
+            (Backing::Name(ours), None) => ours == recorded,
+            _ => false,
+        };
+        if !is_same {
+            return Err(self.place.refused(format!(
+                "its backing file is {}, not {} (if the base was renamed or moved, tell the \
+                 image with: qemu-img rebase -u -F raw -b NAME)",
+                Path::new(recorded).display(),
+                Path::new(backing.as_os_str()).display()
+            )));
+        }
+        // The export's own size is not known before nbdkit is in the background.
+        if let Backing::File(path) = backing {
+            self.expect_made_for(self.size_of(path)?, header.layout.disk_size())?;
+        }
+        let now = recorded_file.as_deref().and_then(mtime_of);
+        let was_modified = matches!((header.mtime, now), (Some(then), Some(now)) if then != now);
+        if was_modified {
+            log::warn!(
+                "the base {} was modified since {} was made: if its content is another, \
+                 the blocks that were not written to have changed under it",
+                Path::new(recorded).display(),
+                self.place.path().display()
+            );
+        }
+        Ok(())
+    }
+
+    /// The name of the base as QEMU is to find it: relative to the directory of the
+    /// image if it lies there too, so that the two can be moved together.
+    pub(super) fn recorded_name(&self, backing: &Backing) -> Result<Vec<u8>> {
+        let name = match backing {
+            Backing::Name(name) => name.clone().into_vec(),
+            Backing::File(path) => {
+                let metadata = fs::metadata(path).map_err(|e| {
+                    Error::io(
+                        e,
+                        format!(
+                            "cow-overlay={}: its backing file {} (see cow-backing)",
+                            self.place.path().display(),
+                            path.display()
+                        ),
+                    )
+                })?;
+                let kind = metadata.file_type();
+                if !kind.is_file() && !kind.is_block_device() {
+                    return Err(self.place.refused(format!(
+                        "its backing file {} is no file and no block device: \
+                         give its name with cow-backing=",
+                        path.display()
+                    )));
+                }
+                match (path.parent(), path.file_name()) {
+                    (Some(parent), Some(name)) if is_same_file(parent, self.place.directory()) => {
+                        // QEMU takes what is before a colon for a protocol.
+                        let has_colon = name.as_bytes().contains(&b':');
+                        let prefix = if has_colon { "./" } else { "" };
+                        [prefix.as_bytes(), name.as_bytes()].concat()
+                    }
+                    _ => path.clone().into_os_string().into_vec(),
+                }
+            }
+        };
+        if name.is_empty() || name.len() > MAX_BACKING_NAME {
+            return Err(self.place.refused(format!(
+                "the name of its backing file has {} bytes, and must have 1 to {MAX_BACKING_NAME}",
+                name.len()
+            )));
+        }
+        Ok(name)
+    }
+
+    pub(super) fn expect_made_for(&self, size: u64, overlay: u64) -> Result<()> {
+        if overlay == size {
+            return Ok(());
+        }
+        Err(self.place.refused(format!(
+            "it was made for a base of {overlay} bytes, but this one has {size}"
+        )))
+    }
+
+    pub(super) fn size_of(&self, path: &Path) -> Result<u64> {
+        // (A block device has its size at its end.)
+        File::open(path)
+            .and_then(|mut file| file.seek(SeekFrom::End(0)))
+            .map_err(|e| {
+                self.place
+                    .failed(e, &format!("asking the size of {}", path.display()))
+            })
+    }
+
+    /// What the clients see must be what QEMU will find under the recorded name.
+    pub(super) fn expect_size(&self, path: &Path, size: u64) -> Result<()> {
+        let found = self.size_of(path)?;
+        if found == size {
+            return Ok(());
+        }
+        Err(self.place.refused(format!(
+            "the export has {size} bytes, but its backing file {} has {found}: \
+             give the name of what is exported with cow-backing=",
+            path.display()
+        )))
+    }
+}
+
+/// Whether two names are those of one file.
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    let id = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    a == b || id(a).is_some_and(|a| id(b) == Some(a))
+}
+
+/// That of a regular file; the node of a device does not show when the device was
+/// written to.
+pub(super) fn mtime_of(path: &Path) -> Option<Mtime> {
+    fs::metadata(path)
+        .ok()
+        .filter(Metadata::is_file)
+        .map(|m| Mtime {
+            seconds: m.mtime(),
+            nanoseconds: m.mtime_nsec() as u32,
+        })
+}

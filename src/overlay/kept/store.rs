@@ -1,0 +1,129 @@
+//! The store in a qcow2 image.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use super::super::{Overlay, Store};
+use crate::block::{BlockNum, ByteRange};
+use crate::error::{Error, Result};
+use crate::qcow2::file::ImageFile;
+use crate::qcow2::image::{CLUSTERS_PER_GROUP, Image};
+use crate::qcow2::layout::{BLOCKS_PER_CLUSTER, GuestCluster};
+
+const BLOCKS_PER_GROUP: u64 = BLOCKS_PER_CLUSTER * CLUSTERS_PER_GROUP;
+
+/// A store in a qcow2 image.
+pub struct KeptStore<F> {
+    image: Image<F>,
+    can_zero_range: bool,
+}
+
+impl<F: ImageFile> KeptStore<F> {
+    pub fn new(image: Image<F>, can_zero_range: bool) -> Self {
+        KeptStore {
+            image,
+            can_zero_range,
+        }
+    }
+
+    pub fn image(&self) -> &Image<F> {
+        &self.image
+    }
+
+    /// `range` in the file; it lies within the disk.
+    fn host(&self, offset: u64, len: u64) -> Result<u64> {
+        let layout = self.image.layout();
+        ByteRange::checked(offset, len, layout.disk_size())?;
+        Ok(layout.data + offset)
+    }
+
+    fn error(&self, source: io::Error, tried: &str, offset: u64, len: u64) -> Error {
+        let path = self.image.path().display();
+        Error::io(
+            source,
+            format!("{tried} the overlay {path} ({len} bytes at offset {offset} of the disk)"),
+        )
+    }
+}
+
+impl<F: ImageFile> Store for KeptStore<F> {
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let len = buf.len() as u64;
+        self.image
+            .file()
+            .read_at(buf, self.host(offset, len)?)
+            .map_err(|e| self.error(e, "reading", offset, len))
+    }
+
+    fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let len = buf.len() as u64;
+        self.image
+            .file()
+            .write_at(buf, self.host(offset, len)?)
+            .map_err(|e| self.error(e, "writing to", offset, len))
+    }
+
+    fn punch(&self, range: ByteRange) -> Result<bool> {
+        self.image
+            .file()
+            .punch(self.host(range.start, range.len())?, range.len())
+            .map_err(|e| self.error(e, "punching a hole in", range.start, range.len()))
+    }
+
+    fn zero_range(&self, range: ByteRange) -> Result<bool> {
+        if !self.can_zero_range {
+            return Ok(false);
+        }
+        self.image
+            .file()
+            .zero_range(self.host(range.start, range.len())?, range.len())
+            .map_err(|e| self.error(e, "zeroing", range.start, range.len()))
+    }
+
+    fn can_zero_range(&self) -> bool {
+        self.can_zero_range
+    }
+
+    fn publish(
+        &self,
+        blocks: &Range<BlockNum>,
+        change: impl Fn(&Range<BlockNum>) -> Result<bool>,
+    ) -> Result<()> {
+        let mut at = blocks.start.0;
+        while at < blocks.end.0 {
+            let end = blocks
+                .end
+                .0
+                .min((at / BLOCKS_PER_GROUP + 1) * BLOCKS_PER_GROUP);
+            let clusters = GuestCluster(at / BLOCKS_PER_CLUSTER)
+                ..GuestCluster(end.div_ceil(BLOCKS_PER_CLUSTER));
+            self.image
+                .publish(clusters, || change(&(BlockNum(at)..BlockNum(end))))?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn flush(&self, word: &dyn Fn(u64) -> u64) -> Result<()> {
+        self.image.flush(&|cluster: GuestCluster| word(cluster.0))
+    }
+}
+
+impl<F: ImageFile> Overlay<KeptStore<F>> {
+    /// The overlay that an image holds; `wrap` makes a store of it. The errors are
+    /// those of [`Image::load`].
+    pub fn resume(image: Image<F>, can_zero_range: bool) -> Result<Self> {
+        let layout = image.layout();
+        let store = KeptStore::new(image, can_zero_range);
+        let overlay = Overlay::new(layout.disk_size(), layout.block_size(), store);
+        // A crash leaves bytes that no flush has told of, and a failed write too: what
+        // is discarded from now on gives their space back.
+        overlay.has_strays.store(true, Ordering::Relaxed);
+        overlay
+            .store
+            .image
+            .load(|group, words| overlay.map.load(group * CLUSTERS_PER_GROUP, words))?;
+        Ok(overlay)
+    }
+}
