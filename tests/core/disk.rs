@@ -40,7 +40,7 @@ impl Gate {
     }
 
     /// Called by the code under test.
-    fn pass(&self) {
+    pub fn pass(&self) {
         let mut state = self.state.lock().expect("no test thread died");
         state.waiting += 1;
         self.changed.notify_all();

@@ -4,5 +4,6 @@
 mod disk;
 mod extents;
 mod faults;
+mod kept;
 mod model;
 mod races;

@@ -1,0 +1,18 @@
+//! The overlay that is kept, over a file in memory: what a crash leaves of it, what
+//! happens when a write or a sync fails, and which flush is good for what.
+//!
+//! The file tells `sync`, which makes all that was done before safe, from
+//! `write_synced`, which makes its own bytes safe and no others. Everything else may
+//! be lost in a crash, in whatever order.
+
+mod check;
+mod content;
+mod crash;
+mod crashes;
+mod disk;
+mod flushes;
+mod random;
+mod reader;
+mod recorder;
+mod scripts;
+mod stress;

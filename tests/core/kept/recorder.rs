@@ -1,0 +1,251 @@
+//! A file in memory that writes down what is done to it, fails when it is told to,
+//! and can be held in the middle.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use nbdkit_cow_filter::qcow2::file::ImageFile;
+
+use super::content::{Change, Content, Sector};
+use crate::disk::Gate;
+
+/// What happened, in order.
+#[derive(Clone)]
+pub enum Event {
+    /// Done, and lost in a crash, as a whole or in part, until a sync.
+    Changed(Change),
+    /// Done, and safe.
+    ChangedSafely(Change),
+    /// All events before this one are safe.
+    Synced { before: usize },
+    /// A client has asked for these sectors of the disk to become this.
+    Asked(Vec<(u64, Arc<Sector>)>),
+    /// A flush has succeeded that was begun when so many had been asked for; they
+    /// had been answered, if not all then those of this owner.
+    Flushed { asked: usize, owner: Option<u64> },
+}
+
+/// What a file is asked to do that changes something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    Write,
+    Sync,
+    WriteSynced,
+    Punch,
+    ZeroRange,
+}
+
+/// How much of a write that fails is in the file all the same.
+#[derive(Debug, Clone, Copy)]
+pub enum Portion {
+    Nothing,
+    Half,
+    All,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Fault {
+    /// The number of the step, from 0.
+    pub at: usize,
+    pub errno: i32,
+    pub portion: Portion,
+    /// All later steps fail too.
+    pub stays: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    Before(usize),
+    After(usize),
+}
+
+#[derive(Default)]
+struct State {
+    content: Content,
+    events: Vec<Event>,
+    asked: usize,
+    steps: Vec<Step>,
+}
+
+#[derive(Default)]
+struct Inner {
+    state: Mutex<State>,
+    fault: Mutex<Option<Fault>>,
+    hold: Mutex<Option<Hold>>,
+    gate: Gate,
+}
+
+#[derive(Clone, Default)]
+pub struct Recorder(Arc<Inner>);
+
+impl Recorder {
+    pub fn holding(content: Content) -> Self {
+        let recorder = Recorder::default();
+        recorder.state().content = content;
+        recorder
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().expect("no test thread died")
+    }
+
+    pub fn content(&self) -> Content {
+        self.state().content.clone()
+    }
+
+    pub fn events(&self) -> Vec<Event> {
+        self.state().events.clone()
+    }
+
+    /// The steps from number `first` on.
+    pub fn steps(&self, first: usize) -> Vec<Step> {
+        self.state().steps[first..].to_vec()
+    }
+
+    pub fn step_count(&self) -> usize {
+        self.state().steps.len()
+    }
+
+    pub fn asked(&self) -> usize {
+        self.state().asked
+    }
+
+    pub fn ask(&self, sectors: Vec<(u64, Arc<Sector>)>) {
+        let mut state = self.state();
+        state.asked += 1;
+        state.events.push(Event::Asked(sectors));
+    }
+
+    pub fn flushed(&self, asked: usize, owner: Option<u64>) {
+        self.state().events.push(Event::Flushed { asked, owner });
+    }
+
+    /// How many flushes have succeeded.
+    pub fn flushes(&self) -> usize {
+        let state = self.state();
+        let is_flush = |event: &&Event| matches!(event, Event::Flushed { .. });
+        state.events.iter().filter(is_flush).count()
+    }
+
+    pub fn fail(&self, fault: Option<Fault>) {
+        *self.0.fault.lock().expect("no test thread died") = fault;
+    }
+
+    /// From now on that step has to wait at the gate.
+    pub fn hold(&self, hold: Hold) {
+        *self.0.hold.lock().expect("no test thread died") = Some(hold);
+        self.0.gate.close();
+    }
+
+    pub fn gate(&self) -> &Gate {
+        &self.0.gate
+    }
+
+    fn wait_if(&self, here: Hold) {
+        let hold = *self.0.hold.lock().expect("no test thread died");
+        if hold == Some(here) {
+            self.0.gate.pass();
+        }
+    }
+
+    /// Does `change` (or only syncs), unless it is to fail.
+    fn step(&self, step: Step, change: Option<Change>) -> io::Result<()> {
+        let (number, before) = {
+            let mut state = self.state();
+            state.steps.push(step);
+            // A sync is good for what was there when it began.
+            (state.steps.len() - 1, state.events.len())
+        };
+        self.wait_if(Hold::Before(number));
+        let fault = *self.0.fault.lock().expect("no test thread died");
+        let fault = fault.filter(|f| f.at == number || (f.stays && f.at < number));
+        let change = match &fault {
+            Some(fault) => change.and_then(|change| fault.portion.of(change)),
+            None => change,
+        };
+        {
+            let mut state = self.state();
+            if let Some(change) = change {
+                state.content.apply(&change);
+                let event = match (step, fault) {
+                    (Step::WriteSynced, None) => Event::ChangedSafely(change),
+                    _ => Event::Changed(change),
+                };
+                state.events.push(event);
+            } else if fault.is_none() {
+                state.events.push(Event::Synced { before });
+            }
+        }
+        self.wait_if(Hold::After(number));
+        match fault {
+            Some(fault) => Err(io::Error::from_raw_os_error(fault.errno)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Portion {
+    fn of(self, change: Change) -> Option<Change> {
+        match (self, change) {
+            (Portion::Nothing, _) => None,
+            (Portion::All, change) => Some(change),
+            (Portion::Half, Change::Write { offset, bytes }) => {
+                // No file system stops in the middle of a number.
+                let half = bytes.len() / 2 / 16 * 16;
+                let bytes = bytes[..half].to_vec();
+                (half > 0).then_some(Change::Write { offset, bytes })
+            }
+            (Portion::Half, Change::Zero(range)) => {
+                let half = range.start + (range.end - range.start) / 2;
+                Some(Change::Zero(range.start..half))
+            }
+        }
+    }
+}
+
+impl ImageFile for Recorder {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.state().content.size)
+    }
+
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        let mut state = self.state();
+        // An image is made before anything is recorded of it.
+        assert!(state.content.size == 0, "only a new image gets a size");
+        state.content.size = size;
+        Ok(())
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let state = self.state();
+        if offset + buf.len() as u64 > state.content.size {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        state.content.read(buf, offset);
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let bytes = buf.to_vec();
+        self.step(Step::Write, Some(Change::Write { offset, bytes }))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.step(Step::Sync, None)
+    }
+
+    fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let bytes = buf.to_vec();
+        self.step(Step::WriteSynced, Some(Change::Write { offset, bytes }))
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.step(Step::Punch, Some(Change::Zero(offset..offset + len)))?;
+        Ok(true)
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.step(Step::ZeroRange, Some(Change::Zero(offset..offset + len)))?;
+        Ok(true)
+    }
+}
