@@ -94,6 +94,10 @@ pub struct Image<F> {
 struct Writer {
     /// Clusters whose refcount in the file is 1.
     counted: Marks,
+    /// Clusters whose refcount may be 0 or 1, whatever `counted` says: a write of it
+    /// failed, and may have been done in part. The next flush writes it, else it might
+    /// rely on a 1 that is not there.
+    unsure: Marks,
     /// Set when a sync failed. The system may have thrown away what it could not
     /// write, and would not say so a second time.
     failed: Option<String>,
@@ -182,6 +186,7 @@ impl<F: ImageFile> Image<F> {
             changes: (0..SHARDS).map(|_| Mutex::default()).collect(),
             writer: Mutex::new(Writer {
                 counted: Marks::new(),
+                unsure: Marks::new(),
                 failed: None,
             }),
             turn: Mutex::default(),
@@ -558,21 +563,28 @@ impl<F: ImageFile> Image<F> {
     }
 
     /// Writes the refcount 1 (`counted`) for those that have data and no refcount,
-    /// or 0 for those that have a refcount and no data.
+    /// or 0 for those that have a refcount and no data. Those for which that is not
+    /// known get one in any case.
     fn count(&self, writer: &mut Writer, seen: &[Seen], counted: bool) -> Result<()> {
         let changed: Vec<Seen> = seen
             .iter()
             .filter(|seen| {
-                has_data(seen.word) == counted && writer.is_counted(seen.cluster) != counted
+                let is_right = contains(&writer.counted, seen.cluster) == counted
+                    && !contains(&writer.unsure, seen.cluster);
+                has_data(seen.word) == counted && !is_right
             })
             .map(|seen| Seen { ..*seen })
             .collect();
         for run in runs(&changed) {
             let bytes = u16::from(counted).to_be_bytes().repeat(run.len());
-            self.write_at(&bytes, self.layout.refcount_at(run[0].cluster))?;
+            let done = self.write_at(&bytes, self.layout.refcount_at(run[0].cluster));
             for seen in run {
-                writer.set_counted(seen.cluster, counted);
+                set(&mut writer.unsure, seen.cluster, done.is_err());
+                if done.is_ok() {
+                    set(&mut writer.counted, seen.cluster, counted);
+                }
             }
+            done?;
         }
         Ok(())
     }
@@ -591,23 +603,18 @@ impl<F: ImageFile> Image<F> {
     }
 }
 
-impl Writer {
-    fn is_counted(&self, cluster: GuestCluster) -> bool {
-        let bits = self.counted.get(&(cluster.0 / CLUSTERS_PER_GROUP));
-        bits.is_some_and(|bits| bits >> (cluster.0 % CLUSTERS_PER_GROUP) & 1 != 0)
-    }
+fn contains(marks: &Marks, cluster: GuestCluster) -> bool {
+    let bits = marks.get(&(cluster.0 / CLUSTERS_PER_GROUP));
+    bits.is_some_and(|bits| bits >> (cluster.0 % CLUSTERS_PER_GROUP) & 1 != 0)
+}
 
-    fn set_counted(&mut self, cluster: GuestCluster, counted: bool) {
-        let bits = self
-            .counted
-            .entry(cluster.0 / CLUSTERS_PER_GROUP)
-            .or_default();
-        let bit = 1 << (cluster.0 % CLUSTERS_PER_GROUP);
-        if counted {
-            *bits |= bit;
-        } else {
-            *bits &= !bit;
-        }
+fn set(marks: &mut Marks, cluster: GuestCluster, is_marked: bool) {
+    let group = cluster.0 / CLUSTERS_PER_GROUP;
+    let bit = 1 << (cluster.0 % CLUSTERS_PER_GROUP);
+    if is_marked {
+        *marks.entry(group).or_default() |= bit;
+    } else if let Some(bits) = marks.get_mut(&group) {
+        *bits &= !bit;
     }
 }
 

@@ -10,6 +10,7 @@ mod content;
 mod crash;
 mod crashes;
 mod disk;
+mod faults;
 mod flushes;
 mod random;
 mod reader;

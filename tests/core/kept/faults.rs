@@ -1,0 +1,177 @@
+//! Every step fails once, or it and all after it.
+
+use nbdkit_cow_filter::error::Result;
+
+use super::check::{Qemu, assert_settled, check_all};
+use super::crash::Bound;
+use super::disk::{DISCARD, Disk, Request};
+use super::random::Random;
+use super::recorder::{Fault, Portion, Step};
+use super::scripts::{SMALL_BLOCKS, by_hand};
+
+/// There are many runs, so few files of each.
+const FEW: Bound = Bound {
+    all_of: 1,
+    combinations: 2,
+    every: 4,
+};
+
+fn is_sync(step: Step) -> bool {
+    matches!(step, Step::Sync | Step::WriteSynced)
+}
+
+/// What a run with a fault came to.
+struct Ended {
+    disk: Disk,
+    failed: Vec<(Request, i32)>,
+    /// The step that failed first.
+    step: Step,
+}
+
+/// Runs all of `script`, whatever fails, and one flush more.
+fn run_with(script: &[Request], fault: Fault) -> Ended {
+    let mut disk = Disk::new(SMALL_BLOCKS.0, SMALL_BLOCKS.1);
+    disk.recorder.fail(Some(fault));
+    let mut failed = Vec::new();
+    for request in script.iter().chain([&Request::Flush]) {
+        let done: Result<()> = disk.request(request);
+        if let Err(error) = done {
+            failed.push((request.clone(), error.errno()));
+            // Reads go on, whatever has failed.
+            disk.settle();
+        }
+    }
+    let step = disk.recorder.steps(fault.at)[0];
+    Ended { disk, failed, step }
+}
+
+/// The scripts, and how many steps each takes. Without a new process, which would know
+/// nothing of the fault, and without reads, which don't fail with what they save.
+fn scripts() -> Vec<(&'static str, Vec<Request>, usize)> {
+    let mut scripts = by_hand(SMALL_BLOCKS);
+    let is_left_out =
+        |request: &Request| matches!(request, Request::Kill | Request::CopyingRead { .. });
+    scripts.retain(|(_, script)| !script.iter().any(is_left_out));
+    let counted = scripts.into_iter().map(|(name, script)| {
+        let mut disk = Disk::new(SMALL_BLOCKS.0, SMALL_BLOCKS.1);
+        disk.run(&script);
+        (name, script, disk.recorder.step_count())
+    });
+    counted.collect()
+}
+
+#[test]
+fn a_step_that_fails_once_is_told_and_a_later_flush_makes_up_for_it() {
+    let mut random = Random::new(1);
+    let mut qemu = Qemu::new(600);
+    let mut syncs = 0;
+    for (name, script, steps) in scripts() {
+        for at in 0..steps {
+            for (errno, portion) in [
+                (libc::ENOSPC, Portion::Nothing),
+                (libc::ENOSPC, Portion::Half),
+                (libc::EIO, Portion::All),
+            ] {
+                let stays = false;
+                let fault = Fault {
+                    at,
+                    errno,
+                    portion,
+                    stays,
+                };
+                let Ended { disk, failed, step } = run_with(&script, fault);
+                let told = format!("{name}: {fault:?}, {step:?}: {failed:?}");
+                if is_sync(step) {
+                    syncs += 1;
+                    assert!(failed.len() > 1, "{told}");
+                    let is_flush = |request: &Request| matches!(request, Request::Flush);
+                    let are_flushes = failed
+                        .iter()
+                        .all(|(request, errno)| is_flush(request) && *errno == libc::EIO);
+                    assert!(are_flushes, "{told}");
+                    let first = script
+                        .iter()
+                        .chain([&Request::Flush])
+                        .filter(|r| is_flush(r));
+                    let good = disk.recorder.flushes();
+                    assert_eq!(good + failed.len(), first.count(), "{told}");
+                } else {
+                    assert_eq!(failed.len(), 1, "{told}");
+                    assert_eq!(failed[0].1, errno, "{told}");
+                    assert_settled(&disk, &qemu);
+                }
+                check_all(&disk, FEW, &mut random, &mut qemu);
+            }
+        }
+    }
+    assert!(syncs > 0 && qemu.shown > 0);
+}
+
+#[test]
+fn after_all_has_stopped_nothing_is_claimed_and_the_next_process_goes_on() {
+    let mut random = Random::new(2);
+    let mut qemu = Qemu::new(300);
+    for (name, script, steps) in scripts() {
+        for at in 0..steps {
+            let fault = Fault {
+                at,
+                errno: libc::EIO,
+                portion: Portion::Half,
+                stays: true,
+            };
+            let mut ended = run_with(&script, fault);
+            let last = ended
+                .failed
+                .last()
+                .map(|(request, errno)| (request, *errno));
+            assert!(
+                matches!(last, Some((Request::Flush, libc::EIO))),
+                "{name}, from step {at}"
+            );
+            ended.disk.recorder.fail(None);
+            ended.disk.run(&[Request::Kill, Request::Flush]);
+            assert_settled(&ended.disk, &qemu);
+            check_all(&ended.disk, FEW, &mut random, &mut qemu);
+        }
+    }
+}
+
+/// A refcount of 0 that was told to have failed, and is in the file nevertheless,
+/// must not be taken for the 1 that was there.
+#[test]
+fn a_cluster_whose_refcount_is_not_known_is_counted_before_it_is_used() {
+    let (size, block) = SMALL_BLOCKS;
+    let cluster = 32 * block;
+    let write = |n: u64| Request::Write {
+        at: n * cluster,
+        len: block,
+        byte: 1,
+    };
+    for portion in [Portion::Nothing, Portion::Half, Portion::All] {
+        let mut disk = Disk::new(size, block);
+        disk.run(&(0..16).map(write).collect::<Vec<_>>());
+        disk.run(&[Request::Flush]);
+        let discard = Request::Zero {
+            at: 0,
+            len: 16 * cluster,
+            how: DISCARD,
+        };
+        disk.run(&[discard]);
+        let before = disk.recorder.step_count();
+        disk.recorder.fail(Some(Fault {
+            // Sync, entries, entries, refcounts.
+            at: before + 3,
+            errno: libc::ENOSPC,
+            portion,
+            stays: false,
+        }));
+        disk.request(&Request::Flush).expect_err("no space");
+        let steps = [Step::Sync, Step::Write, Step::WriteSynced, Step::Write];
+        assert_eq!(disk.recorder.steps(before), steps);
+        disk.run(&(0..8).map(write).collect::<Vec<_>>());
+        disk.run(&[Request::Flush]);
+        let mut qemu = Qemu::new(10);
+        assert_settled(&disk, &qemu);
+        check_all(&disk, FEW, &mut Random::new(3), &mut qemu);
+    }
+}
