@@ -14,7 +14,7 @@
 //! | refcount table | as many as it needs | the offset of every refcount block |
 //! | refcount blocks | one for *C* / 2 clusters of the file | 16 bits a cluster |
 //! | L1 | as many as it needs | the offset of every L2 table |
-//! | L2 | one for *C* / 16 clusters of the disk | 16 bytes a cluster: [`Entry`] |
+//! | L2 | one for *C* / 16 clusters of the disk, and one at least | 16 bytes a cluster: [`Entry`] |
 //! | D | *n* | the disk: guest offset *g* lies at D + *g* |
 //!
 //! All of it follows from the disk's size and the block size, and nothing of it
@@ -81,9 +81,10 @@ impl Layout {
         }
         let cluster = block * BLOCKS_PER_CLUSTER;
         let data_clusters = disk_size.div_ceil(cluster);
-        let l2_tables = data_clusters.div_ceil(cluster / ENTRY_LEN);
-        // One at least: QEMU does not like an L1 table that is nowhere.
-        let l1_clusters = (l2_tables * POINTER_LEN).div_ceil(cluster).max(1);
+        // One at least: QEMU does not like an L1 table that is nowhere, and takes the
+        // cluster of an empty one for leaked.
+        let l2_tables = data_clusters.div_ceil(cluster / ENTRY_LEN).max(1);
+        let l1_clusters = (l2_tables * POINTER_LEN).div_ceil(cluster);
 
         // Refcount blocks count themselves too, so their number is found step by step.
         let mut blocks = 1;

@@ -12,6 +12,7 @@ mod crashes;
 mod disk;
 mod faults;
 mod flushes;
+mod layout;
 mod random;
 mod reader;
 mod recorder;
