@@ -2,9 +2,9 @@
 #
 # Settings go to the scripts through the environment, so that a path may
 # contain any character.
-export DISK DESTDIR FILTERDIR MANDIR LIBRARY QUICK
+export CRASH_SEED DISK DESTDIR FILTERDIR MANDIR LIBRARY QUICK
 
-.PHONY: build run check bench deps doc man install uninstall lint clean help
+.PHONY: build run check crash bench deps doc man install uninstall lint clean help
 
 build:
 	@packaging/build.sh
@@ -17,6 +17,10 @@ run:
 check:
 	@packaging/deps.sh check
 	@packaging/check.sh
+
+crash:
+	@packaging/deps.sh check
+	@packaging/crash.sh
 
 bench:
 	@packaging/deps.sh bench

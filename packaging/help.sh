@@ -6,6 +6,8 @@ make build          the filter (release) and its manual page; needs no network
 make run            installs what is missing, builds, and serves a small demo
                     disk until Ctrl-C; DISK=path serves that file instead
 make check          installs what is missing and runs every test
+make crash          looks at what crashes leave of a kept overlay, at random, until
+                    Ctrl-C; CRASH_SEED= begins with that seed
 make bench          installs what is missing, measures, and writes docs/performance
                     (ten minutes); QUICK=1: a minute, into target/bench
 make deps           installs what is missing (Debian, Ubuntu), or lists it

@@ -1,13 +1,16 @@
 //! Every step fails once, or it and all after it.
 
 use nbdkit_cow_filter::error::Result;
+use nbdkit_cow_filter::overlay::State;
 
 use super::check::{Qemu, assert_settled, check_all};
 use super::crash::Bound;
-use super::disk::{DISCARD, Disk, Request};
+use super::disk::{DISCARD, Disk, Request, new_image, resume};
 use super::random::Random;
-use super::recorder::{Fault, Portion, Step};
+use super::reader::Reader;
+use super::recorder::{Fault, Portion, Recorder, Step};
 use super::scripts::{SMALL_BLOCKS, by_hand};
+use crate::disk::TestBase;
 
 /// There are many runs, so few files of each.
 const FEW: Bound = Bound {
@@ -174,4 +177,36 @@ fn a_cluster_whose_refcount_is_not_known_is_counted_before_it_is_used() {
         assert_settled(&disk, &qemu);
         check_all(&disk, FEW, &mut Random::new(3), &mut qemu);
     }
+}
+
+/// A flush takes so many clusters at once and no more; one that fails in the middle
+/// of them has made the first safe.
+#[test]
+fn a_flush_of_many_clusters_that_fails_half_way_is_finished_by_the_next() {
+    let (size, block) = ((17 << 30) + 512, 512);
+    let base = TestBase::new(size);
+    let recorder = Recorder::holding(new_image(size, block));
+    let overlay = resume(&recorder).expect("resumable");
+    overlay.zero(&base, 0, size, DISCARD).expect("a good zero");
+    let one = [Step::Sync, Step::Write, Step::WriteSynced];
+    recorder.fail(Some(Fault {
+        at: 4,
+        errno: libc::ENOSPC,
+        portion: Portion::Half,
+        stays: false,
+    }));
+    let error = overlay.flush().expect_err("no space");
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert_eq!(recorder.steps(0), [&one[..], &one[..2]].concat());
+    overlay.flush().expect("there is space again");
+    // Only what is missing.
+    assert_eq!(recorder.steps(5), one);
+    let again = resume(&Recorder::holding(recorder.content())).expect("resumable");
+    for at in [0, 16 << 30, size - 1] {
+        assert_eq!(again.state_at(at).expect("in range"), State::Zero, "{at}");
+    }
+    let content = recorder.content();
+    let reader = Reader::open(&content).expect("an image");
+    assert_eq!(reader.check(), Default::default());
+    assert_eq!(reader.subclusters().count() as u64, size / block);
 }
