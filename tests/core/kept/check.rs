@@ -12,7 +12,7 @@ use super::content::Content;
 use super::crash::{Allowed, Bound, base_sector, explore};
 use super::disk::{BACKING, Disk, resume, sector};
 use super::random::Random;
-use super::reader::{Found, Reader};
+use super::reader::Reader;
 use super::recorder::Recorder;
 
 /// Has `qemu-img check` look at images.
@@ -101,10 +101,9 @@ pub fn check(disk: &Disk, content: &Content, allowed: &Allowed<'_>) -> Result<()
     }
     let overlay = resume(&Recorder::holding(content.clone())).map_err(|e| e.to_string())?;
     for number in allowed.numbers() {
-        let theirs = match reader.sector(number) {
-            Found::Here(bytes) => bytes,
-            Found::InBacking => base_sector(&disk.base, number),
-        };
+        let theirs = reader
+            .sector(number)
+            .unwrap_or_else(|| base_sector(&disk.base, number));
         allowed.expect(number, &theirs)?;
         if sector(&disk.base, &overlay, number) != theirs {
             return Err(format!("sector {number} is read in two ways"));

@@ -122,7 +122,7 @@ fn random_requests_survive_a_crash_at_every_step() {
     }
     let mut qemu = Qemu::new(1500);
     let failed = &AtomicBool::new(false);
-    for seed in 0..12 {
+    for seed in 0..24 {
         let _seed = Seed { seed, failed };
         run_at_random(seed, SHORT, &mut qemu);
     }

@@ -6,12 +6,6 @@ use std::collections::BTreeMap;
 
 use super::content::{Content, SECTOR, Sector};
 
-/// Where a sector of the disk is.
-pub enum Found {
-    InBacking,
-    Here(Sector),
-}
-
 pub struct Reader<'a> {
     content: &'a Content,
     cluster: u64,
@@ -98,22 +92,23 @@ impl<'a> Reader<'a> {
         (number(&entry[..8]), number(&entry[8..]))
     }
 
-    /// The sector of the disk with that number, which lies within it.
-    pub fn sector(&self, sector: u64) -> Found {
+    /// The sector of the disk with that number, which lies within it. `None`: it is in
+    /// the backing file.
+    pub fn sector(&self, sector: u64) -> Option<Sector> {
         let offset = sector * SECTOR;
         assert!(offset < self.size, "within the disk");
         let (descriptor, bitmap) = self.entry(offset);
         let bit = offset % self.cluster / self.subcluster();
         let mut bytes = [0; SECTOR as usize];
         match (bitmap >> bit & 1, bitmap >> (bit + SUBCLUSTERS) & 1) {
-            (0, 0) => return Found::InBacking,
+            (0, 0) => return None,
             (0, _) => {}
             (_, _) => {
                 let host = (descriptor & OFFSET) + offset % self.cluster;
                 self.content.read(&mut bytes, host);
             }
         }
-        Found::Here(bytes)
+        Some(bytes)
     }
 
     /// Every L2 entry that is not empty: the number of the cluster of the disk, the
