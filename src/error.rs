@@ -14,7 +14,12 @@ use nix::errno::Errno;
 
 /// Why something failed: the errno, what was tried, and the system's reason.
 #[derive(Debug)]
-pub struct Error {
+// In a box, so that a result is as small as a pointer: every function on the path of
+// a request returns one, and nearly all of them are `Ok`.
+pub struct Error(Box<Failure>);
+
+#[derive(Debug)]
+struct Failure {
     errno: i32,
     tried: Cow<'static, str>,
     source: Option<io::Error>,
@@ -26,30 +31,30 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     /// A failure that we found ourselves. A number that is no errno becomes `EIO`.
+    #[cold]
     pub fn new(errno: i32, tried: impl Into<Cow<'static, str>>) -> Self {
-        Error {
+        Error(Box::new(Failure {
             errno: if errno > 0 { errno } else { libc::EIO },
             tried: tried.into(),
             source: None,
             reported: false,
-        }
+        }))
     }
 
     /// A failure of the system: its errno is kept, however deep in `source` it lies.
+    #[cold]
     pub fn io(source: io::Error, tried: impl Into<Cow<'static, str>>) -> Self {
-        Error {
-            source: None,
-            ..Error::new(errno_of(&source).unwrap_or(libc::EIO), tried)
-        }
-        .with_source(source)
+        let mut error = Error::new(errno_of(&source).unwrap_or(libc::EIO), tried);
+        error.0.source = Some(source);
+        error
     }
 
     /// A failure of the layer below, which has told nbdkit its reason already.
+    #[cold]
     pub fn from_below(errno: i32, tried: impl Into<Cow<'static, str>>) -> Self {
-        Error {
-            reported: true,
-            ..Error::new(errno, tried)
-        }
+        let mut error = Error::new(errno, tried);
+        error.0.reported = true;
+        error
     }
 
     /// Memory that could not be had; `what` names what it was for.
@@ -57,14 +62,9 @@ impl Error {
         Error::new(libc::ENOMEM, what)
     }
 
-    fn with_source(mut self, source: io::Error) -> Self {
-        self.source = Some(source);
-        self
-    }
-
     /// The errno; always positive.
     pub fn errno(&self) -> i32 {
-        self.errno
+        self.0.errno
     }
 
     /// The errno to give to nbdkit. NBD has few error codes, and nbdkit makes EINVAL
@@ -72,8 +72,8 @@ impl Error {
     /// the overlay's file system can say beside them (EMFILE, EACCES, ...) is no
     /// fault of the client's: EIO. What the layer below said passes as it is.
     pub fn client_errno(&self) -> i32 {
-        match self.errno {
-            errno if self.reported => errno,
+        match self.0.errno {
+            errno if self.0.reported => errno,
             libc::EPERM
             | libc::EROFS
             | libc::EIO
@@ -84,25 +84,25 @@ impl Error {
             | libc::EFBIG
             | libc::EOVERFLOW
             | libc::ENOTSUP
-            | libc::ESHUTDOWN => self.errno,
+            | libc::ESHUTDOWN => self.0.errno,
             _ => libc::EIO,
         }
     }
 
     /// Whether the layer below has already written its own message.
     pub fn is_reported(&self) -> bool {
-        self.reported
+        self.0.reported
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.tried)?;
-        match &self.source {
+        f.write_str(&self.0.tried)?;
+        match &self.0.source {
             // The system's words alone: the libraries in between add a number,
             // or a path that the user has never seen.
             Some(source) if errno_of(source).is_some() => {
-                write!(f, ": {}", Errno::from_raw(self.errno).desc())
+                write!(f, ": {}", Errno::from_raw(self.0.errno).desc())
             }
             Some(source) => write!(f, ": {source}"),
             None => Ok(()),
@@ -112,7 +112,8 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source
+        self.0
+            .source
             .as_ref()
             .map(|e| e as &(dyn std::error::Error + 'static))
     }

@@ -478,7 +478,13 @@ impl<F: ImageFile> Image<F> {
     }
 
     fn flush_alone(&self, word: &dyn Fn(GuestCluster) -> u64) -> Result<()> {
-        let mut writer = locked(&self.writer);
+        let mut writer = self.writer.lock().unwrap_or_else(|poisoned| {
+            // A bug of ours has ended a flush half way, and the marks that it had
+            // fetched are lost.
+            let mut writer = poisoned.into_inner();
+            writer.failed.get_or_insert("internal error".to_string());
+            writer
+        });
         if let Some(reason) = &writer.failed {
             return Err(Error::new(
                 libc::EIO,

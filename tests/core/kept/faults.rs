@@ -189,18 +189,19 @@ fn a_flush_of_many_clusters_that_fails_half_way_is_finished_by_the_next() {
     let overlay = resume(&recorder).expect("resumable");
     overlay.zero(&base, 0, size, DISCARD).expect("a good zero");
     let one = [Step::Sync, Step::Write, Step::WriteSynced];
+    let before = recorder.step_count();
     recorder.fail(Some(Fault {
-        at: 4,
+        at: before + 4,
         errno: libc::ENOSPC,
         portion: Portion::Half,
         stays: false,
     }));
     let error = overlay.flush().expect_err("no space");
     assert_eq!(error.errno(), libc::ENOSPC);
-    assert_eq!(recorder.steps(0), [&one[..], &one[..2]].concat());
+    assert_eq!(recorder.steps(before), [&one[..], &one[..2]].concat());
     overlay.flush().expect("there is space again");
     // Only what is missing.
-    assert_eq!(recorder.steps(5), one);
+    assert_eq!(recorder.steps(before + 5), one);
     let again = resume(&Recorder::holding(recorder.content())).expect("resumable");
     for at in [0, 16 << 30, size - 1] {
         assert_eq!(again.state_at(at).expect("in range"), State::Zero, "{at}");
@@ -209,4 +210,20 @@ fn a_flush_of_many_clusters_that_fails_half_way_is_finished_by_the_next() {
     let reader = Reader::open(&content).expect("an image");
     assert_eq!(reader.check(), Default::default());
     assert_eq!(reader.subclusters().count() as u64, size / block);
+}
+
+/// The bytes of a block that no flush has told of are in the file all the same, and
+/// nothing in the image says so.
+#[test]
+fn what_a_crash_left_behind_gives_its_space_back_when_it_is_discarded() {
+    let (size, block) = (4 << 20, 4096);
+    let base = TestBase::new(size);
+    let recorder = Recorder::holding(new_image(size, block));
+    let overlay = resume(&recorder).expect("resumable");
+    overlay.write(&base, &[7; 4096], block).expect("a write");
+    let crashed = Recorder::holding(recorder.content());
+    let overlay = resume(&crashed).expect("resumable");
+    assert_eq!(overlay.state_at(block).expect("in range"), State::Base);
+    overlay.zero(&base, 0, size, DISCARD).expect("a discard");
+    assert_eq!(crashed.steps(0), [Step::Punch]);
 }
