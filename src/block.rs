@@ -68,6 +68,13 @@ impl BlockSize {
         self.block_of(range.start)..self.block_of(range.end - 1).next()
     }
 
+    /// Whether `range`, which lies within a disk of `size` bytes, has blocks and has all
+    /// bytes of each: it is one [`Piece::Whole`].
+    pub fn is_whole(self, range: ByteRange, size: u64) -> bool {
+        let mask = self.bytes() - 1;
+        !range.is_empty() && range.start & mask == 0 && (range.end & mask == 0 || range.end == size)
+    }
+
     /// Splits `range`, which lies within a disk of `size` bytes: see [`Piece`].
     pub fn pieces(self, range: ByteRange, size: u64) -> Pieces {
         debug_assert!(range.start <= range.end && range.end <= size);
@@ -274,6 +281,11 @@ mod tests {
             let block_size = BlockSize::new(1 << shift).expect("in range");
             let mut at = range.start;
             let mut count = 0;
+            let pieces: Vec<Piece> = block_size.pieces(range, size).collect();
+            prop_assert_eq!(
+                block_size.is_whole(range, size),
+                matches!(&pieces[..], [Piece::Whole { .. }])
+            );
             for piece in block_size.pieces(range, size) {
                 count += 1;
                 match piece {

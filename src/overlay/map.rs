@@ -293,6 +293,11 @@ impl BlockMap {
         self.check(blocks)?;
         let mut changed = false;
         let (mut at, end) = (blocks.start.0, blocks.end.0);
+        // Most requests are a block or a few.
+        if at / BLOCKS_PER_WORD == (end - 1) / BLOCKS_PER_WORD {
+            let leaf = leaf_of(self.leaf_slot(at)?)?;
+            return Ok(leaf.update_word(at, end - at, &f));
+        }
         while at < end {
             let slot = self.leaf_slot(at)?;
             let leaf_end = (at / BLOCKS_PER_LEAF + 1) * BLOCKS_PER_LEAF;
@@ -436,30 +441,31 @@ impl Leaf {
     fn update(&self, mut at: u64, end: u64, f: impl Fn(u64, u64) -> u64) -> bool {
         let mut changed = false;
         while at < end {
-            let bit = at % BLOCKS_PER_WORD;
-            let count = (BLOCKS_PER_WORD - bit).min(end - at);
-            let mask = ((1 << count) - 1) << bit;
-            let word = self.word(at);
-            let mut old = word.load(Ordering::Relaxed);
-            let mut new = f(old, mask);
-            // A sweep over blocks that are right already, the common case when a
-            // disk is written twice, must not take the cache line from readers.
-            while new != old {
-                // Release: invariant 3.
-                match word.compare_exchange_weak(old, new, Ordering::Release, Ordering::Relaxed) {
-                    Ok(_) => {
-                        changed = true;
-                        break;
-                    }
-                    Err(present) => {
-                        old = present;
-                        new = f(old, mask);
-                    }
-                }
-            }
+            let count = (BLOCKS_PER_WORD - at % BLOCKS_PER_WORD).min(end - at);
+            changed |= self.update_word(at, count, &f);
             at += count;
         }
         changed
+    }
+
+    /// The same for `count` blocks of one word, from block `at` on.
+    fn update_word(&self, at: u64, count: u64, f: impl Fn(u64, u64) -> u64) -> bool {
+        let mask = ((1 << count) - 1) << (at % BLOCKS_PER_WORD);
+        let word = self.word(at);
+        let mut old = word.load(Ordering::Relaxed);
+        loop {
+            let new = f(old, mask);
+            // A sweep over blocks that are right already, the common case when a
+            // disk is written twice, must not take the cache line from readers.
+            if new == old {
+                return false;
+            }
+            // Release: invariant 3.
+            match word.compare_exchange_weak(old, new, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return true,
+                Err(present) => old = present,
+            }
+        }
     }
 }
 

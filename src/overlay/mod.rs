@@ -209,8 +209,15 @@ impl<S: Store> Overlay<S> {
     /// Writes `buf` at `offset`.
     pub fn write(&self, base: &impl Base, buf: &[u8], offset: u64) -> Result<()> {
         let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
+        let is_traced = log::log_enabled!(log::Level::Trace);
+        // The most frequent case pays for no splitting.
+        if self.block_size.is_whole(range, self.size) && !is_traced {
+            let blocks = self.block_size.touched_by(range);
+            let _held = self.stripes.shared(&blocks);
+            return self.store_blocks(&blocks, buf);
+        }
         for piece in self.block_size.pieces(range, self.size) {
-            if log::log_enabled!(log::Level::Trace) {
+            if is_traced {
                 trace_write(piece.clone());
             }
             match piece {
@@ -293,6 +300,10 @@ impl<S: Store> Overlay<S> {
     /// a word a block where there is data.
     fn store_blocks(&self, blocks: &Range<BlockNum>, bytes: &[u8]) -> Result<()> {
         let origin = self.block_size.start_of(blocks.start);
+        // Nearly every small request is one block that begins with data.
+        if blocks.start.next() == blocks.end && bytes[0] != 0 {
+            return self.store_run(blocks, bytes, origin);
+        }
         let mut start = blocks.start;
         while start < blocks.end {
             let stored = self.must_store(start, bytes, origin)?;
@@ -303,14 +314,19 @@ impl<S: Store> Overlay<S> {
             let run = start..end;
             if stored {
                 let part = self.bytes_of(&run);
-                self.change(|store| store.write(&bytes[part.in_buffer(origin)], part.start))?;
-                self.publish(&run, BlockMap::set_data)?;
+                self.store_run(&run, &bytes[part.in_buffer(origin)], part.start)?;
             } else {
                 self.publish(&run, BlockMap::set_zero_unless_data)?;
             }
             start = end;
         }
         Ok(())
+    }
+
+    /// Stores all the `bytes` of `blocks`, the first of which is at `offset`.
+    fn store_run(&self, blocks: &Range<BlockNum>, bytes: &[u8], offset: u64) -> Result<()> {
+        self.change(|store| store.write(bytes, offset))?;
+        self.publish(blocks, BlockMap::set_data)
     }
 
     // Here and below the compiler would make a call of what is shorter than one.

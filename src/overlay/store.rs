@@ -79,10 +79,13 @@ macro_rules! either {
 }
 
 impl Store for Files {
+    // Forced, here and below: it is nothing but a choice between two calls.
+    #[inline(always)]
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         either!(self, store => store.read(buf, offset))
     }
 
+    #[inline(always)]
     fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
         either!(self, store => store.write(buf, offset))
     }
@@ -99,6 +102,7 @@ impl Store for Files {
         either!(self, store => store.can_zero_range())
     }
 
+    #[inline(always)]
     fn publish(
         &self,
         blocks: &Range<BlockNum>,
@@ -120,6 +124,8 @@ const NEAR: u64 = 64;
 pub struct TemporaryStore {
     directory: Arc<Directory>,
     size: u64,
+    /// Segment *n* begins at *n* shifted left by this: their size is a power of two.
+    segment_shift: u32,
     /// The first segments.
     near: Box<[OnceLock<File>]>,
     /// All others: a disk of 7 EiB has a million of 8 TiB, and under a small
@@ -151,10 +157,12 @@ impl Deref for Segment<'_> {
 impl TemporaryStore {
     /// A store for a disk of `size` bytes; no file is made yet.
     pub fn new(directory: Arc<Directory>, size: u64) -> Self {
+        let segment_shift = directory.segment_size().trailing_zeros();
         let near = size.div_ceil(directory.segment_size()).min(NEAR);
         TemporaryStore {
             directory,
             size,
+            segment_shift,
             near: (0..near).map(|_| OnceLock::new()).collect(),
             far: RwLock::new(BTreeMap::new()),
             making: Mutex::new(()),
@@ -202,25 +210,37 @@ impl TemporaryStore {
         self.directory.make_file(len)
     }
 
+    /// The segment that the byte at `offset` is in, and where in it.
+    fn locate(&self, offset: u64) -> (u64, u64) {
+        let index = offset >> self.segment_shift;
+        (index, offset - (index << self.segment_shift))
+    }
+
     /// The parts of `range` that lie in one segment each: the segment's index,
     /// the offset in it, and the part.
-    fn parts(&self, range: ByteRange) -> impl Iterator<Item = (u64, u64, ByteRange)> + use<> {
-        let segment_size = self.directory.segment_size();
-        // It is a power of two; the compiler does not know, and would divide.
-        let (shift, mask) = (segment_size.trailing_zeros(), segment_size - 1);
+    fn parts(&self, range: ByteRange) -> impl Iterator<Item = (u64, u64, ByteRange)> + '_ {
         let mut rest = range;
         std::iter::from_fn(move || {
             if rest.is_empty() {
                 return None;
             }
-            let index = rest.start >> shift;
+            let (index, at) = self.locate(rest.start);
             let part = ByteRange {
                 start: rest.start,
-                end: rest.end.min((rest.start | mask) + 1),
+                end: rest.end.min((index + 1) << self.segment_shift),
             };
             rest.start = part.end;
-            Some((index, part.start & mask, part))
+            Some((index, at, part))
         })
+    }
+
+    /// The file and the offset in it, if all of `range` is in one of the first
+    /// segments and that is there: as it is for nearly every request.
+    #[inline]
+    fn in_one(&self, range: ByteRange) -> Option<(&File, u64)> {
+        let (index, at) = self.locate(range.start);
+        let file = self.near.get(index as usize)?.get()?;
+        (at + range.len() <= 1 << self.segment_shift).then_some((file, at))
     }
 
     fn error(&self, source: io::Error, tried: &str, part: ByteRange) -> Error {
@@ -239,6 +259,11 @@ impl TemporaryStore {
 impl Store for TemporaryStore {
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
+        if let Some((file, at)) = self.in_one(range) {
+            return file
+                .read_exact_at(buf, at)
+                .map_err(|e| self.error(e, "reading", range));
+        }
         for (index, at, part) in self.parts(range) {
             let piece = &mut buf[part.in_buffer(offset)];
             match self.present(index) {
@@ -253,6 +278,10 @@ impl Store for TemporaryStore {
 
     fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
         let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
+        if let Some((file, at)) = self.in_one(range) {
+            return sparse::write_all(file, buf, at)
+                .map_err(|e| self.error(e, "writing to", range));
+        }
         for (index, at, part) in self.parts(range) {
             let file = self.present_or_new(index)?;
             sparse::write_all(&file, &buf[part.in_buffer(offset)], at)

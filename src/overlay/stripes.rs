@@ -54,6 +54,7 @@ impl Stripes {
     }
 
     /// Takes the stripes of `blocks` together with others that take them shared.
+    #[inline]
     pub fn shared(&self, blocks: &Range<BlockNum>) -> Held<RwLockReadGuard<'_, ()>> {
         // A poisoned stripe is as good as any: what it guards are words that
         // change in one atomic operation each, and a file.
@@ -69,6 +70,7 @@ impl Stripes {
         })
     }
 
+    #[inline]
     fn hold<'a, G>(
         &'a self,
         blocks: &Range<BlockNum>,
@@ -81,6 +83,19 @@ impl Stripes {
                 _guard: take(&self.stripes[index(first)]),
             };
         }
+        Held::Several {
+            _guards: self.hold_several(first, last, take),
+        }
+    }
+
+    /// The stripes of the areas from `first` to `last`.
+    #[inline(never)]
+    fn hold_several<'a, G>(
+        &'a self,
+        first: u64,
+        last: u64,
+        mut take: impl FnMut(&'a Stripe) -> G,
+    ) -> Vec<G> {
         let mut guards = Vec::with_capacity(STRIPES);
         if last - first >= STRIPES as u64 - 1 {
             guards.extend(self.stripes.iter().map(take));
@@ -95,7 +110,7 @@ impl Stripes {
                 guards.extend(self.stripes[first..].iter().map(take));
             }
         }
-        Held::Several { _guards: guards }
+        guards
     }
 
     /// The end of the area that holds `block`: whoever can do with one stripe at
