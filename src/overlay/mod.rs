@@ -2,7 +2,7 @@
 //!
 //! A block's bytes are in the base, in the [`Store`], or nowhere (zeroes); the
 //! block map (`map`) says which. Requests run in parallel. All locking is done
-//! here and in `zero`, and this is the argument for it.
+//! here, in `write` and in `zero`, and this is the argument for it.
 //!
 //! # Who changes what
 //!
@@ -74,6 +74,7 @@ mod map;
 pub mod scope;
 mod store;
 mod stripes;
+mod write;
 mod zero;
 
 use std::ops::Range;
@@ -85,8 +86,8 @@ pub use store::{Files, Store, TemporaryStore};
 pub use zero::Zeroing;
 
 use crate::base::Base;
-use crate::block::{BlockNum, BlockSize, ByteRange, Piece};
-use crate::buffer::{buffer, is_zero};
+use crate::block::{BlockNum, BlockSize, ByteRange};
+use crate::buffer::buffer;
 use crate::error::Result;
 use map::BlockMap;
 use stripes::Stripes;
@@ -105,16 +106,6 @@ pub struct Overlay<S> {
     /// Set once a change of the store has failed: there may be bytes in it that
     /// the map does not know of, and discards look for them from then on.
     has_strays: AtomicBool,
-}
-
-/// What a partial write puts into its block.
-#[derive(Clone, Copy)]
-enum New<'a> {
-    Bytes(&'a [u8]),
-    /// Zeroes; `may_trim`: they need not take space.
-    Zeroes {
-        may_trim: bool,
-    },
 }
 
 impl<S: Store> Overlay<S> {
@@ -206,136 +197,6 @@ impl<S: Store> Overlay<S> {
         Ok(())
     }
 
-    /// Writes `buf` at `offset`.
-    pub fn write(&self, base: &impl Base, buf: &[u8], offset: u64) -> Result<()> {
-        let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
-        let is_traced = log::log_enabled!(log::Level::Trace);
-        // The most frequent case pays for no splitting.
-        if self.block_size.is_whole(range, self.size) && !is_traced {
-            let blocks = self.block_size.touched_by(range);
-            let _held = self.stripes.shared(&blocks);
-            return self.store_blocks(&blocks, buf);
-        }
-        for piece in self.block_size.pieces(range, self.size) {
-            if is_traced {
-                trace_write(piece.clone());
-            }
-            match piece {
-                Piece::Partial { block, bytes } => {
-                    self.modify(
-                        base,
-                        block,
-                        bytes,
-                        New::Bytes(&buf[bytes.in_buffer(offset)]),
-                    )?;
-                }
-                Piece::Whole { blocks, bytes } => {
-                    let _held = self.stripes.shared(&blocks);
-                    self.store_blocks(&blocks, &buf[bytes.in_buffer(offset)])?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Changes `bytes` of `block`, which has others that must stay as they are.
-    fn modify(
-        &self,
-        base: &impl Base,
-        block: BlockNum,
-        bytes: ByteRange,
-        new: New<'_>,
-    ) -> Result<()> {
-        let blocks = block..block.next();
-        let before = {
-            let _held = self.stripes.shared(&blocks);
-            match self.map.state(block)? {
-                State::Data => return self.modify_in_place(bytes, new),
-                // Right whatever others do meanwhile: at this moment the block
-                // was zeroes, and that is where this request is in the order.
-                State::Zero if matches!(new, New::Zeroes { may_trim: true }) => return Ok(()),
-                before => before,
-            }
-        };
-
-        let whole = self.bytes_of(&blocks);
-        let mut block_bytes = buffer(whole.len())?;
-        if before == State::Base {
-            read_around(base, &mut block_bytes, whole, bytes)?;
-        }
-
-        let _held = self.stripes.exclusive(&blocks);
-        match self.map.state(block)? {
-            State::Data => return self.modify_in_place(bytes, new),
-            State::Zero if before == State::Base => block_bytes.fill(0),
-            State::Zero | State::Base => {}
-        }
-        let target = &mut block_bytes[bytes.in_buffer(whole.start)];
-        match new {
-            New::Bytes(client) => target.copy_from_slice(client),
-            New::Zeroes { .. } => target.fill(0),
-        }
-        if matches!(new, New::Zeroes { may_trim: false }) {
-            // The client wants the space: a block that is all zeroes is stored too.
-            self.change(|store| store.write(&block_bytes, whole.start))?;
-            return self.publish(&blocks, BlockMap::set_data);
-        }
-        self.store_blocks(&blocks, &block_bytes)
-    }
-
-    /// Changes bytes of a *data* block. The caller holds its stripe, shared at least.
-    fn modify_in_place(&self, bytes: ByteRange, new: New<'_>) -> Result<()> {
-        match new {
-            New::Bytes(client) => self.change(|store| store.write(client, bytes.start)),
-            // Not a hole, though the client may allow it: a block that is *data* keeps
-            // all of its space, so that a later write can't run out of it half way.
-            New::Zeroes { .. } => self.write_zeroes(bytes),
-        }
-    }
-
-    /// Puts `bytes`, which are all those of `blocks`, into the store, and publishes.
-    /// The caller holds the stripes of `blocks`, shared at least.
-    ///
-    /// Blocks of zeroes that have no data are not stored. Looking for them costs
-    /// a word a block where there is data.
-    fn store_blocks(&self, blocks: &Range<BlockNum>, bytes: &[u8]) -> Result<()> {
-        let origin = self.block_size.start_of(blocks.start);
-        // Nearly every small request is one block that begins with data.
-        if blocks.start.next() == blocks.end && bytes[0] != 0 {
-            return self.store_run(blocks, bytes, origin);
-        }
-        let mut start = blocks.start;
-        while start < blocks.end {
-            let stored = self.must_store(start, bytes, origin)?;
-            let mut end = start.next();
-            while end < blocks.end && self.must_store(end, bytes, origin)? == stored {
-                end = end.next();
-            }
-            let run = start..end;
-            if stored {
-                let part = self.bytes_of(&run);
-                self.store_run(&run, &bytes[part.in_buffer(origin)], part.start)?;
-            } else {
-                self.publish(&run, BlockMap::set_zero_unless_data)?;
-            }
-            start = end;
-        }
-        Ok(())
-    }
-
-    /// Stores all the `bytes` of `blocks`, the first of which is at `offset`.
-    fn store_run(&self, blocks: &Range<BlockNum>, bytes: &[u8], offset: u64) -> Result<()> {
-        self.change(|store| store.write(bytes, offset))?;
-        self.publish(blocks, BlockMap::set_data)
-    }
-
-    // Here and below the compiler would make a call of what is shorter than one.
-    #[inline(always)]
-    fn must_store(&self, block: BlockNum, bytes: &[u8], origin: u64) -> Result<bool> {
-        let part = self.bytes_of(&(block..block.next())).in_buffer(origin);
-        Ok(!is_zero(&bytes[part]) || self.map.state(block)? == State::Data)
-    }
-
     /// Saves `bytes`, which the base has in `blocks`, where the blocks are still
     /// *base*. One stripe at a time, so that writers beside it wait for no more
     /// than the copying of one area.
@@ -415,18 +276,6 @@ impl<S: Store> Overlay<S> {
     }
 }
 
-/// Fills `buf`, which stands for the block `whole`, with what the base has of it
-/// around `bytes`. One call: with a slow base the number of calls is what costs.
-fn read_around(base: &impl Base, buf: &mut [u8], whole: ByteRange, bytes: ByteRange) -> Result<()> {
-    let mut missing = whole;
-    if bytes.start == whole.start {
-        missing.start = bytes.end;
-    } else if bytes.end == whole.end {
-        missing.end = bytes.start;
-    }
-    base.read(&mut buf[missing.in_buffer(whole.start)], missing.start)
-}
-
 // By value and out of line: a record that nobody sees must not make the request
 // keep in memory what it could have in registers.
 
@@ -434,10 +283,4 @@ fn read_around(base: &impl Base, buf: &mut [u8], whole: ByteRange, bytes: ByteRa
 #[inline(never)]
 fn trace_read(part: ByteRange, state: State) {
     log::trace!("read {part:?}: {state:?}");
-}
-
-#[cold]
-#[inline(never)]
-fn trace_write(piece: Piece) {
-    log::trace!("write {piece:?}");
 }

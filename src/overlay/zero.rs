@@ -8,7 +8,8 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::map::BlockMap;
-use super::{New, Overlay, State, Store};
+use super::write::New;
+use super::{Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::error::{Error, Result};
