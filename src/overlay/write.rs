@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::map::BlockMap;
 use super::{Overlay, State, Store};
-use crate::base::Base;
+use crate::base::{Base, Extent};
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::{buffer, is_zero};
 use crate::error::Result;
@@ -30,6 +30,7 @@ impl<S: Store> Overlay<S> {
             let _held = self.stripes.shared(&blocks);
             return self.store_blocks(&blocks, buf);
         }
+        let base = &self.halves(base, range)?;
         for piece in self.block_size.pieces(range, self.size) {
             if is_traced {
                 trace_write(piece.clone());
@@ -50,6 +51,35 @@ impl<S: Store> Overlay<S> {
             }
         }
         Ok(())
+    }
+
+    /// `base`, for a request that changes `range`. If that is a part of one block and a
+    /// part of the next, both of them *base*, the bytes around it are fetched now, in
+    /// one call: with a slow base two calls cost twice as much.
+    ///
+    /// That a block becomes something else meanwhile is seen where it is changed, as
+    /// always.
+    pub(super) fn halves<'a, B: Base>(
+        &self,
+        base: &'a B,
+        range: ByteRange,
+    ) -> Result<Halves<'a, B>> {
+        let blocks = self.block_size.touched_by(range);
+        let span = self.bytes_of(&blocks);
+        let is_two = blocks.end.0 - blocks.start.0 == 2
+            && span.start < range.start
+            && range.end < span.end
+            && span.len() <= MAX_HALVES;
+        let mut halves = Halves {
+            base,
+            span,
+            bytes: Vec::new(),
+        };
+        if is_two && self.map.run(&blocks)? == (State::Base, blocks.end) {
+            halves.bytes = buffer(span.len())?;
+            base.read(&mut halves.bytes, span.start)?;
+        }
+        Ok(halves)
     }
 
     /// Changes `bytes` of `block`, which has others that must stay as they are.
@@ -148,6 +178,41 @@ impl<S: Store> Overlay<S> {
     fn must_store(&self, block: BlockNum, bytes: &[u8], origin: u64) -> Result<bool> {
         let part = self.bytes_of(&(block..block.next())).in_buffer(origin);
         Ok(!is_zero(&bytes[part]) || self.map.state(block)? == State::Data)
+    }
+}
+
+/// Of larger blocks it would be too much that a request does not need.
+const MAX_HALVES: u64 = 2 * (64 << 10);
+
+/// A base of which some bytes may be here already: see [`Overlay::halves`].
+pub(super) struct Halves<'a, B> {
+    base: &'a B,
+    span: ByteRange,
+    /// Those of `span`, or none.
+    bytes: Vec<u8>,
+}
+
+impl<B: Base> Base for Halves<'_, B> {
+    fn size(&self) -> u64 {
+        self.base.size()
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        if self.bytes.is_empty() {
+            return self.base.read(buf, offset);
+        }
+        // Nothing else is asked for: both blocks lie within the span.
+        let at = (offset - self.span.start) as usize;
+        buf.copy_from_slice(&self.bytes[at..at + buf.len()]);
+        Ok(())
+    }
+
+    fn cache(&self, range: ByteRange) -> Result<()> {
+        self.base.cache(range)
+    }
+
+    fn extents(&self, range: ByteRange, only_first: bool, list: &mut Vec<Extent>) -> Result<()> {
+        self.base.extents(range, only_first, list)
     }
 }
 

@@ -80,6 +80,7 @@ impl<S: Store> Overlay<S> {
                 self.zero_whole(blocks, how)?;
             }
         }
+        let base = &self.halves(base, range)?;
         for piece in pieces() {
             if let Piece::Partial { block, bytes } = piece {
                 self.zero_part(base, block, bytes, how)?;

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use nbdkit_cow_filter::overlay::{Overlay, Store, Zeroing};
 
-use crate::disk::{BLOCK, TestBase, TestStore, block_size, test_disk};
+use crate::disk::{BLOCK, TestBase, TestStore, base_byte, block_size, test_disk};
 
 /// `(start, end, hole and zero)` of each extent.
 fn map<S: Store>(base: &TestBase, overlay: &Overlay<S>, only_first: bool) -> Vec<(u64, u64, bool)> {
@@ -146,6 +146,38 @@ fn a_partial_write_reads_only_what_it_does_not_bring() {
             (4 * BLOCK, 5 * BLOCK)
         ]
     );
+}
+
+/// With a slow base two calls in a row take twice as long as one.
+#[test]
+fn parts_of_two_blocks_ask_the_base_once() {
+    let (base, overlay) = test_disk(20 * BLOCK);
+    let written = BLOCK + 9..2 * BLOCK + 9;
+    overlay
+        .write(&base, &vec![7; BLOCK as usize], BLOCK + 9)
+        .expect("a good write");
+    assert_eq!(base.read_calls(), [(BLOCK, 3 * BLOCK)]);
+    let mut buf = vec![0; 2 * BLOCK as usize];
+    overlay
+        .read(&base, &mut buf, BLOCK, false)
+        .expect("a good read");
+    for (at, byte) in (BLOCK..).zip(&buf) {
+        let expected = if written.contains(&at) {
+            7
+        } else {
+            base_byte(at)
+        };
+        assert_eq!(*byte, expected, "byte {at}");
+    }
+    overlay
+        .zero(&base, 5 * BLOCK + 1, BLOCK, Zeroing::Trim)
+        .expect("a good trim");
+    assert_eq!(base.read_calls()[1..], [(5 * BLOCK, 7 * BLOCK)]);
+    // What is not in the base is not asked for.
+    overlay
+        .write(&base, &vec![7; BLOCK as usize], 7 * BLOCK - 9)
+        .expect("a good write");
+    assert_eq!(base.read_calls()[2..], [(8 * BLOCK - 9, 8 * BLOCK)]);
 }
 
 #[test]
