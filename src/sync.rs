@@ -4,12 +4,12 @@
 
 #[cfg(not(loom))]
 pub use std::sync::{
-    RwLock, RwLockReadGuard, RwLockWriteGuard,
+    Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
     atomic::{AtomicPtr, AtomicU64, Ordering},
 };
 
 #[cfg(loom)]
 pub use loom::sync::{
-    RwLock, RwLockReadGuard, RwLockWriteGuard,
+    Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
     atomic::{AtomicPtr, AtomicU64, Ordering},
 };

@@ -3,8 +3,9 @@
 //! with every value that the memory model lets a load see.
 //!
 //! Runs in a build with `RUSTFLAGS="--cfg loom"` (`packaging/model-check.sh`).
-//! That script also puts the lost-write bug of other filters into a copy of the
-//! tree, by `lost-write.patch`, and looks that the checker finds it.
+//! That script also puts known bugs into a copy of the tree, by the patches beside
+//! this file, and looks that the checker finds each. One is the lost-write bug of
+//! other filters.
 //!
 //! The disk is small: a request's pieces are halves of a block, and the store
 //! holds each half in one atomic that is only ever accessed *relaxed*. So nothing
@@ -12,6 +13,8 @@
 //! look at them, as it should be.
 
 #![cfg(loom)]
+
+mod kept;
 
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU8, Ordering};

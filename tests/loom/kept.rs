@@ -1,0 +1,438 @@
+//! The overlay that is kept: changes of blocks beside flushes, and flushes beside
+//! each other.
+//!
+//! The file holds the first byte of each of two blocks in an atomic that is only
+//! ever accessed *relaxed*, as the store of the other models does, so that a sync
+//! finds a block's bytes only if the code has put their write before it. Only one
+//! thread at a time writes tables (L2 entries and refcounts), so they lie behind a
+//! lock. What a power loss leaves of either is kept beside.
+
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+
+use loom::model::Builder;
+use loom::sync::atomic::{AtomicU8, Ordering};
+use loom::sync::{Arc, Mutex};
+use loom::thread;
+
+use nbdkit_cow_filter::block::BlockSize;
+use nbdkit_cow_filter::overlay::kept::KeptStore;
+use nbdkit_cow_filter::overlay::{Overlay, State, Zeroing};
+use nbdkit_cow_filter::qcow2::file::ImageFile;
+use nbdkit_cow_filter::qcow2::header::Header;
+use nbdkit_cow_filter::qcow2::image::Image;
+use nbdkit_cow_filter::qcow2::layout::{Entry, GuestCluster, Layout};
+
+use super::{BLOCK, GARBAGE, ModelBase, OF_BASE, SIZE};
+
+/// The blocks that are written to, in clusters of their own: one after the other in
+/// the L2 table, so that a flush of both writes one piece.
+const BLOCKS: [u64; 2] = [0, 32];
+const CLUSTERS: usize = (SIZE / BLOCK / 32) as usize;
+const ENTRY_LEN: usize = 16;
+
+fn layout() -> Layout {
+    Layout::new(SIZE, BlockSize::new(BLOCK).expect("a block size")).expect("fits")
+}
+
+/// The L2 entries and the refcounts of the disk's clusters.
+#[derive(Clone, Copy, Default)]
+struct Tables {
+    entries: [[u8; ENTRY_LEN]; CLUSTERS],
+    refcounts: [[u8; 2]; CLUSTERS],
+}
+
+impl Tables {
+    fn entry(&self, cluster: usize) -> Entry {
+        Entry::from_bytes(&self.entries[cluster])
+    }
+
+    fn has_data(&self, number: usize) -> bool {
+        self.entry(number).bitmap & 1 != 0
+    }
+
+    fn has_zeroes(&self, number: usize) -> bool {
+        self.entry(number).bitmap >> 32 & 1 != 0
+    }
+}
+
+#[derive(Default)]
+struct Metadata {
+    written: Tables,
+    /// What a power loss leaves for certain.
+    safe: Tables,
+    /// What is wrong: told by the main thread, when the others have ended.
+    mistake: Option<String>,
+}
+
+/// In all that follows, `number` is that of a block in [`BLOCKS`], and of its cluster.
+struct ModelFile {
+    bytes: [AtomicU8; 2],
+    safe: [AtomicU8; 2],
+    metadata: Mutex<Metadata>,
+}
+
+#[derive(Clone)]
+struct Handle(Arc<ModelFile>);
+
+impl Handle {
+    fn new() -> Self {
+        // To be told from the holes that discards make.
+        let holes = || [AtomicU8::new(GARBAGE), AtomicU8::new(GARBAGE)];
+        Handle(Arc::new(ModelFile {
+            bytes: holes(),
+            safe: holes(),
+            metadata: Mutex::new(Metadata::default()),
+        }))
+    }
+
+    /// The byte of a block that a range of the file has, if it has one.
+    fn byte_at(range: Range<u64>) -> Option<usize> {
+        let data = layout().data;
+        BLOCKS
+            .iter()
+            .position(|block| range.contains(&(data + block * BLOCK)))
+    }
+
+    fn put(&self, range: Range<u64>, byte: u8) {
+        if let Some(number) = Self::byte_at(range) {
+            self.0.bytes[number].store(byte, Ordering::Relaxed);
+        }
+    }
+
+    fn metadata<T>(&self, f: impl FnOnce(&mut Metadata) -> T) -> T {
+        f(&mut self.0.metadata.lock().expect("nothing panics in here"))
+    }
+
+    fn safe_byte(&self, number: usize) -> u8 {
+        self.0.safe[number].load(Ordering::Relaxed)
+    }
+
+    /// What an L2 entry says must be true of the file already.
+    fn check_order(&self) {
+        let safe_bytes = [0, 1].map(|number| self.safe_byte(number));
+        self.metadata(|metadata| {
+            for (number, safe) in safe_bytes.into_iter().enumerate() {
+                let entry = metadata.written.entry(number);
+                let mistake = if entry.descriptor != 0 && metadata.safe.refcounts[number] != [0, 1]
+                {
+                    "has no refcount"
+                } else if metadata.written.has_data(number) && safe == GARBAGE {
+                    "was never synced"
+                } else {
+                    continue;
+                };
+                metadata.mistake = Some(format!("{number} {mistake} when its entry is written"));
+            }
+        });
+    }
+}
+
+/// The parts of a table of `N`-byte cells from `start` on that a write covers.
+fn put_cells<const N: usize>(cells: &mut [[u8; N]], start: u64, bytes: &[u8], at: u64) {
+    for (i, cell) in cells.iter_mut().enumerate() {
+        let cell_at = start + (i * N) as u64;
+        if cell_at >= at && cell_at + N as u64 <= at + bytes.len() as u64 {
+            cell.copy_from_slice(&bytes[(cell_at - at) as usize..][..N]);
+        }
+    }
+}
+
+impl ImageFile for Handle {
+    fn size(&self) -> io::Result<u64> {
+        Ok(layout().end)
+    }
+
+    fn set_size(&self, _size: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        if let Some(number) = Self::byte_at(offset..offset + buf.len() as u64) {
+            buf[0] = self.0.bytes[number].load(Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let layout = layout();
+        let first = GuestCluster(0);
+        if offset >= layout.data {
+            self.put(offset..offset + buf.len() as u64, buf[0]);
+        } else if offset >= layout.l2 {
+            self.metadata(|metadata| {
+                let entries = &mut metadata.written.entries;
+                put_cells(entries, layout.entry_at(first), buf, offset);
+            });
+            self.check_order();
+        } else {
+            self.metadata(|metadata| {
+                let refcounts = &mut metadata.written.refcounts;
+                put_cells(refcounts, layout.refcount_at(first), buf, offset);
+            });
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        for (safe, byte) in self.0.safe.iter().zip(&self.0.bytes) {
+            safe.store(byte.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        self.metadata(|metadata| metadata.safe = metadata.written);
+        Ok(())
+    }
+
+    fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_at(buf, offset)?;
+        self.metadata(|metadata| metadata.safe.entries = metadata.written.entries);
+        Ok(())
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.put(offset..offset + len, 0);
+        Ok(true)
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.punch(offset, len)
+    }
+}
+
+struct Kept {
+    file: Handle,
+    disk: Overlay<KeptStore<Handle>>,
+}
+
+fn kept() -> Arc<Kept> {
+    let file = Handle::new();
+    let layout = layout();
+    let header = Header {
+        layout,
+        backing: b"disk.img".to_vec(),
+        mtime: None,
+    };
+    let image = Image::create(file.clone(), Path::new("diff.qcow2"), &header).expect("an image");
+    let store = KeptStore::new(image, true);
+    let disk = Overlay::new(SIZE, layout.block_size(), store);
+    Arc::new(Kept { file, disk })
+}
+
+impl Kept {
+    fn write(&self, number: usize, byte: u8) {
+        let block = vec![byte; BLOCK as usize];
+        self.disk
+            .write(&ModelBase, &block, BLOCKS[number] * BLOCK)
+            .expect("a good write");
+    }
+
+    /// In place, if the block is *data*.
+    fn write_part(&self, number: usize, byte: u8) {
+        self.disk
+            .write(&ModelBase, &[byte; 10], BLOCKS[number] * BLOCK)
+            .expect("a good write");
+    }
+
+    /// What a write into a block that is *data* comes to, without the steps before
+    /// it, which make the orders too many.
+    fn write_in_place(&self, number: usize, byte: u8) {
+        let at = layout().data + BLOCKS[number] * BLOCK;
+        self.file.put(at..at + 1, byte);
+    }
+
+    fn trim(&self, number: usize) {
+        self.disk
+            .zero(&ModelBase, BLOCKS[number] * BLOCK, BLOCK, Zeroing::Trim)
+            .expect("a good trim");
+    }
+
+    fn flush(&self) {
+        self.disk.flush().expect("a good flush");
+    }
+
+    /// What a power loss would leave of a block.
+    fn safe(&self, number: usize) -> u8 {
+        let tables = self.file.metadata(|metadata| metadata.safe);
+        match (tables.has_data(number), tables.has_zeroes(number)) {
+            (true, _) => self.file.safe_byte(number),
+            (false, true) => 0,
+            (false, false) => OF_BASE,
+        }
+    }
+
+    /// Told at the end: the checker does not survive a panic while other threads of
+    /// the model hold something.
+    fn expect_safe(&self, number: usize, allowed: &[u8]) {
+        let found = self.safe(number);
+        if !allowed.contains(&found) {
+            let mistake = format!("{number} is {found:x}, none of {allowed:x?}");
+            self.file
+                .metadata(|metadata| metadata.mistake = Some(mistake));
+        }
+    }
+
+    fn read(&self, number: usize) -> u8 {
+        let mut byte = [0xee];
+        self.disk
+            .read(&ModelBase, &mut byte, BLOCKS[number] * BLOCK, false)
+            .expect("a good read");
+        byte[0]
+    }
+
+    /// After a last flush the file has what the overlay has.
+    fn check_end(&self) {
+        self.flush();
+        assert_eq!(self.file.metadata(|metadata| metadata.mistake.take()), None);
+        for (number, block) in BLOCKS.into_iter().enumerate() {
+            assert_eq!(self.safe(number), self.read(number), "block {block}");
+            let state = self.disk.state_at(block * BLOCK).expect("in range");
+            let tables = self.file.metadata(|metadata| metadata.written);
+            let is_data = state == State::Data;
+            assert_eq!(tables.has_data(number), is_data, "block {block}");
+            assert_eq!(tables.refcounts[number], [0, u8::from(is_data)]);
+        }
+    }
+}
+
+type Request = fn(&Kept);
+
+/// Runs `others` in threads of their own beside `main`, in every order that matters.
+///
+/// With more than one there are too many orders: then only those in which no more
+/// than three times in all a thread is stopped that could go on. (Two are enough
+/// for the mistakes that `packaging/model-check.sh` puts in.)
+fn check(prepare: Request, main: Request, others: &[Request]) {
+    let others = others.to_vec();
+    let mut builder = Builder::new();
+    builder.preemption_bound = (others.len() > 1).then_some(3);
+    builder.check(move || {
+        let kept = kept();
+        prepare(&kept);
+        let threads: Vec<_> = others
+            .iter()
+            .map(|&request| {
+                let kept = Arc::clone(&kept);
+                thread::spawn(move || request(&kept))
+            })
+            .collect();
+        main(&kept);
+        for thread in threads {
+            thread.join().expect("no panic");
+        }
+        kept.check_end();
+    });
+}
+
+fn nothing(_kept: &Kept) {}
+
+fn flush(kept: &Kept) {
+    kept.flush();
+}
+
+fn write_and_flush<const NUMBER: usize>(kept: &Kept) {
+    kept.write(NUMBER, 1);
+    kept.flush();
+    kept.expect_safe(NUMBER, &[1]);
+}
+
+fn write_data(kept: &Kept) {
+    kept.write(0, 9);
+}
+
+fn write_data_and_flush(kept: &Kept) {
+    write_data(kept);
+    kept.flush();
+}
+
+#[test]
+fn what_was_written_before_a_flush_is_safe_after_it() {
+    check(nothing, write_and_flush::<0>, &[flush]);
+    check(nothing, flush, &[write_and_flush::<0>]);
+    check(nothing, write_and_flush::<0>, &[write_and_flush::<1>]);
+}
+
+/// The second request finds the block in the state that it wants, and marks nothing.
+#[test]
+fn a_change_that_another_request_has_made_is_safe_after_a_flush() {
+    fn write_part_and_flush(kept: &Kept) {
+        kept.write_part(0, 2);
+        kept.flush();
+        kept.expect_safe(0, &[1, 2]);
+    }
+    fn write(kept: &Kept) {
+        kept.write(0, 1);
+    }
+    for same in [write_and_flush::<0>, write_part_and_flush as Request] {
+        check(nothing, same, &[write]);
+    }
+    check(nothing, write, &[write_and_flush::<0>]);
+}
+
+#[test]
+fn each_of_many_flushes_covers_what_was_written_before_it() {
+    fn write_in_place_and_flush<const NUMBER: usize>(kept: &Kept) {
+        kept.write_in_place(NUMBER, 5);
+        kept.flush();
+        kept.expect_safe(NUMBER, &[5]);
+    }
+    fn two_blocks(kept: &Kept) {
+        kept.write(0, 9);
+        kept.write(1, 9);
+        kept.flush();
+    }
+    const OTHERS: &[Request] = &[write_in_place_and_flush::<1>, flush];
+    check(two_blocks, write_in_place_and_flush::<0>, OTHERS);
+    check(
+        two_blocks,
+        flush,
+        &[write_in_place_and_flush::<0>, write_in_place_and_flush::<1>],
+    );
+}
+
+/// Three wait for one that is under way, then for the next: each is woken.
+#[test]
+fn no_flush_waits_for_ever() {
+    check(nothing, flush, &[flush, flush, flush]);
+}
+
+#[test]
+fn a_discard_and_a_rewrite_beside_a_flush() {
+    fn discard(kept: &Kept) {
+        kept.trim(0);
+    }
+    fn discard_and_rewrite(kept: &Kept) {
+        kept.trim(0);
+        kept.write(0, 3);
+    }
+    fn discard_rewrite_and_flush(kept: &Kept) {
+        discard_and_rewrite(kept);
+        kept.flush();
+        kept.expect_safe(0, &[3]);
+    }
+    for prepare in [write_data, write_data_and_flush as Request] {
+        for change in [
+            discard,
+            discard_and_rewrite,
+            discard_rewrite_and_flush as Request,
+        ] {
+            check(prepare, change, &[flush]);
+            check(prepare, flush, &[change]);
+        }
+    }
+}
+
+#[test]
+fn a_discard_beside_a_rewrite_and_its_flush() {
+    fn discard(kept: &Kept) {
+        kept.trim(0);
+    }
+    fn rewrite_and_flush(kept: &Kept) {
+        kept.write(0, 3);
+        kept.flush();
+        kept.expect_safe(0, &[0, 3]);
+    }
+    for prepare in [write_data, write_data_and_flush as Request] {
+        check(prepare, discard, &[rewrite_and_flush]);
+        check(prepare, rewrite_and_flush, &[discard]);
+    }
+}
