@@ -4,7 +4,7 @@
 # contain any character.
 export CRASH_SEED DISK DESTDIR FILTERDIR MANDIR LIBRARY QUICK
 
-.PHONY: build run check crash bench deps doc man install uninstall lint clean help
+.PHONY: build run check crash fuzz bench deps doc man install uninstall lint clean help
 
 build:
 	@packaging/build.sh
@@ -21,6 +21,10 @@ check:
 crash:
 	@packaging/deps.sh check
 	@packaging/crash.sh
+
+fuzz:
+	@packaging/deps.sh check
+	@packaging/fuzz.sh
 
 bench:
 	@packaging/deps.sh bench

@@ -6,3 +6,4 @@ need_cargo
 cd -- "$root"
 cargo test --no-fail-fast
 packaging/model-check.sh
+packaging/fuzz.sh 45

@@ -24,6 +24,7 @@ table() {
     cat <<'TABLE'
 make               build  make
 gcc                build  cc
+g++                check  c++
 libc6-dev          build  -
 ca-certificates    build  -
 pkg-config         build  pkg-config

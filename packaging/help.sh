@@ -8,6 +8,8 @@ make run            installs what is missing, builds, and serves a small demo
 make check          installs what is missing and runs every test
 make crash          looks at what crashes leave of a kept overlay, at random, until
                     Ctrl-C; CRASH_SEED= begins with that seed
+make fuzz           installs what is missing, and feeds damaged images to the filter
+                    until Ctrl-C or until it finds something
 make bench          installs what is missing, measures, and writes docs/performance
                     (ten minutes); QUICK=1: a minute, into target/bench
 make deps           installs what is missing (Debian, Ubuntu), or lists it

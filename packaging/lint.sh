@@ -30,7 +30,9 @@ syntax() {
 }
 
 section 'cargo fmt' cargo fmt --check
+section 'cargo fmt, fuzz target' cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 section 'cargo clippy' cargo clippy --all-targets -- -D warnings
+section 'cargo clippy, fuzz target' packaging/fuzz.sh clippy
 section 'cargo doc' documentation
 section 'manual page' manual_page
 section 'shell syntax' syntax

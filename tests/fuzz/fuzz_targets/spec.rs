@@ -1,0 +1,197 @@
+//! A reader of qcow2 images that shares nothing with the filter's: it follows the
+//! pointers of the file, as the specification (QEMU's `docs/interop/qcow2.txt`)
+//! says, and knows of no fixed places. It panics where an image breaks the
+//! specification, since the filter must not have accepted it.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use crate::memory::Sparse;
+
+/// Bits 9 to 55 of a pointer.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+const COPIED: u64 = 1 << 63;
+
+/// Where the bytes of a subcluster are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// In the backing file.
+    Base,
+    Zero,
+    /// From this offset of the file on.
+    Data(u64),
+}
+
+pub struct Qcow2<'a> {
+    file: &'a Sparse,
+    cluster: u64,
+    /// The disk's size.
+    pub size: u64,
+    l1: Range<u64>,
+    refcount_table: Range<u64>,
+}
+
+fn u16_at(file: &Sparse, at: u64) -> u16 {
+    u16::from_be_bytes(file.bytes(at))
+}
+
+fn u32_at(file: &Sparse, at: u64) -> u32 {
+    u32::from_be_bytes(file.bytes(at))
+}
+
+fn u64_at(file: &Sparse, at: u64) -> u64 {
+    u64::from_be_bytes(file.bytes(at))
+}
+
+impl<'a> Qcow2<'a> {
+    pub fn open(file: &'a Sparse) -> Self {
+        assert_eq!(file.bytes(0), *b"QFI\xfb", "magic");
+        assert_eq!(u32_at(file, 4), 3, "version");
+        assert_eq!(
+            u64_at(file, 72),
+            1 << 4,
+            "extended L2 entries, nothing else"
+        );
+        assert_eq!(u32_at(file, 96), 4, "refcounts of 16 bits");
+        let cluster = 1 << u32_at(file, 20);
+        let (l1, l1_size) = (u64_at(file, 40), u64::from(u32_at(file, 36)));
+        let refcount_table = u64_at(file, 48);
+        let refcount_table_len = u64::from(u32_at(file, 56)) * cluster;
+        Qcow2 {
+            file,
+            cluster,
+            size: u64_at(file, 24),
+            l1: l1..l1 + 8 * l1_size,
+            refcount_table: refcount_table..refcount_table + refcount_table_len,
+        }
+    }
+
+    /// Where L2 table `number` is.
+    fn l2_table(&self, number: u64) -> u64 {
+        let at = self.l1.start + 8 * number;
+        assert!(self.l1.contains(&at), "L2 table {number} is missing");
+        self.pointer(u64_at(self.file, at), COPIED)
+    }
+
+    /// Where all of them are.
+    fn l2_tables(&self) -> impl Iterator<Item = u64> + '_ {
+        (0..(self.l1.end - self.l1.start) / 8).map(|number| self.l2_table(number))
+    }
+
+    /// The bytes of the backing file's name.
+    pub fn backing(&self) -> Vec<u8> {
+        let mut name = vec![0; u32_at(self.file, 16) as usize];
+        self.file.read(&mut name, u64_at(self.file, 8));
+        name
+    }
+
+    /// The offset in a pointer that has `flags` and no other bits.
+    fn pointer(&self, pointer: u64, flags: u64) -> u64 {
+        let at = pointer & OFFSET;
+        assert_eq!(pointer & !OFFSET, flags, "reserved bits in {pointer:#x}");
+        assert_eq!(at % self.cluster, 0, "{pointer:#x} is not aligned");
+        assert!(
+            at != 0 && at + self.cluster <= self.file.len,
+            "{pointer:#x} leads nowhere"
+        );
+        at
+    }
+
+    pub fn block(&self) -> u64 {
+        self.cluster / 32
+    }
+
+    fn entries_per_table(&self) -> u64 {
+        self.cluster / 16
+    }
+
+    /// What is said of the subcluster that holds the guest's byte at `offset`.
+    pub fn lookup(&self, offset: u64) -> Found {
+        let cluster = offset / self.cluster;
+        let (table, index) = (
+            cluster / self.entries_per_table(),
+            cluster % self.entries_per_table(),
+        );
+        let entry = self.l2_table(table) + 16 * index;
+        let (descriptor, bitmap) = (u64_at(self.file, entry), u64_at(self.file, entry + 8));
+        let subcluster = offset % self.cluster / self.block();
+        match (bitmap >> subcluster & 1, bitmap >> (32 + subcluster) & 1) {
+            (0, 0) => Found::Base,
+            (0, _) => Found::Zero,
+            (_, 0) => Found::Data(self.pointer(descriptor, COPIED) + subcluster * self.block()),
+            _ => panic!("{offset:#x} is data and zeroes: {bitmap:#x}"),
+        }
+    }
+
+    /// Up to `limit` of the guest's clusters of which something is said.
+    pub fn touched(&self, limit: usize) -> Vec<u64> {
+        (0..)
+            .zip(self.l2_tables())
+            .flat_map(|(table, start)| {
+                self.file
+                    .pieces(start..start + self.cluster)
+                    .map(move |(at, _)| table * self.entries_per_table() + (at - start) / 16)
+            })
+            .take(limit)
+            .collect()
+    }
+
+    /// Every cluster of the file that is in use has the refcount 1, and with
+    /// `leaks` false no other has one.
+    pub fn check(&self, leaks: bool) {
+        let mut used = BTreeSet::new();
+        let mut take = |range: Range<u64>| {
+            for cluster in range.start / self.cluster..range.end.div_ceil(self.cluster) {
+                assert!(used.insert(cluster), "cluster {cluster} has two uses");
+            }
+        };
+        let one = |at: u64| at..at + self.cluster;
+        take(one(0));
+        take(self.refcount_table.clone());
+        // An L1 table of no entries may take a cluster.
+        take(self.l1.start..self.l1.end.max(self.l1.start + 1));
+        let mut refcount_blocks = Vec::new();
+        for at in self.refcount_table.clone().step_by(8) {
+            let block = match u64_at(self.file, at) {
+                0 => None,
+                pointer => Some(self.pointer(pointer, 0)),
+            };
+            if let Some(block) = block {
+                take(one(block));
+            }
+            refcount_blocks.push(block);
+        }
+        for table in self.l2_tables() {
+            take(one(table));
+            for (_, entry) in self.file.pieces(one(table)) {
+                let (descriptor, bitmap) = entry.split_at(8);
+                let descriptor = u64::from_be_bytes(descriptor.try_into().expect("8 bytes"));
+                let bitmap = u64::from_be_bytes(bitmap.try_into().expect("8 bytes"));
+                assert_eq!(bitmap as u32 & (bitmap >> 32) as u32, 0, "both bits");
+                match descriptor {
+                    0 => assert_eq!(bitmap as u32, 0, "data nowhere"),
+                    _ => take(one(self.pointer(descriptor, COPIED))),
+                }
+            }
+        }
+        let counted_by_one = self.cluster / 2;
+        for cluster in &used {
+            let block = refcount_blocks[(cluster / counted_by_one) as usize].expect("a block");
+            let refcount = u16_at(self.file, block + 2 * (cluster % counted_by_one));
+            assert_eq!(refcount, 1, "refcount of cluster {cluster}");
+        }
+        if leaks {
+            return;
+        }
+        for (number, block) in (0..).zip(&refcount_blocks) {
+            let Some(block) = block else { continue };
+            for (at, refcounts) in self.file.pieces(one(*block)) {
+                let first = number * counted_by_one + (at - block) / 2;
+                for (cluster, refcount) in (first..).zip(refcounts.chunks_exact(2)) {
+                    let leaked = refcount != [0, 0] && !used.contains(&cluster);
+                    assert!(!leaked, "cluster {cluster} is leaked");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! How much memory opening a kept overlay takes: a file says of itself how large
+//! its tables are, and must not be believed. In a program of its own, because the
+//! allocator counts for all threads. (The fuzz target asks the same of every image.)
+
+#[path = "../fuzz/fuzz_targets/allocations.rs"]
+mod allocations;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use nbdkit_cow_filter::block::BlockSize;
+use nbdkit_cow_filter::overlay::Overlay;
+use nbdkit_cow_filter::qcow2::header::Header;
+use nbdkit_cow_filter::qcow2::image::Image;
+use nbdkit_cow_filter::qcow2::layout::Layout;
+
+use allocations::peak;
+
+const TIB: u64 = 1 << 40;
+/// Two chunks of tables, and change. The tables of the disks below take much more.
+const LITTLE: usize = 2 << 20;
+
+fn header(disk_size: u64, block: u64) -> Header {
+    let block_size = BlockSize::new(block).expect("a block size");
+    Header {
+        layout: Layout::new(disk_size, block_size).expect("fits"),
+        backing: b"disk.img".to_vec(),
+        mtime: None,
+    }
+}
+
+fn image(header: &Header) -> File {
+    let file = tempfile::tempfile().expect("a file");
+    let handle = file.try_clone().expect("a file");
+    Image::create(handle, Path::new("diff.qcow2"), header).expect("an image");
+    file
+}
+
+/// Opens an image as the filter does. What it said, and how much memory it took.
+fn open(file: File) -> (Result<(), String>, usize) {
+    peak(|| {
+        let (image, _) = Image::open(file, Path::new("diff.qcow2")).map_err(|e| e.to_string())?;
+        let overlay = Overlay::resume(image, true).map_err(|e| e.to_string())?;
+        assert!(overlay.is_untouched());
+        Ok(())
+    })
+}
+
+#[test]
+fn opening_an_image_takes_memory_for_what_is_in_it() {
+    for (size, block) in [(TIB, 4096), (TIB, 65536), (8 * TIB, 65536)] {
+        let untouched = header(size, block);
+        assert!(untouched.layout.data > 8 << 20, "large tables");
+        let (opened, taken) = open(image(&untouched));
+        assert_eq!(opened, Ok(()), "{size}");
+        assert!(taken < LITTLE, "{taken} bytes for a disk of {size}");
+    }
+
+    let small = header(1 << 20, 4096);
+    // As long as it claims to be, or far shorter (and longer than a file may be).
+    let long = [(TIB, 4096), (8 * TIB, 4096)].map(|(size, block)| (size, block, true));
+    let short = [(TIB, 4096), (64 * TIB, 512), (4096 * TIB, 4096)];
+    let short = short.map(|(size, block)| (size, block, false));
+    for (size, block, is_long) in long.into_iter().chain(short) {
+        let claimed = header(size, block);
+        let file = image(&small);
+        file.write_all_at(&claimed.to_bytes(), 0).expect("a write");
+        if is_long {
+            file.set_len(claimed.layout.end).expect("a longer file");
+        }
+        let (opened, taken) = open(file);
+        opened.expect_err("damaged");
+        assert!(taken < LITTLE, "{taken} bytes for a claim of {size}");
+    }
+}
