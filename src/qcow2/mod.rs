@@ -1,7 +1,7 @@
 //! The qcow2 image that an overlay can be kept in.
 //!
 //! [`layout`] says where things lie and what they look like as bytes, [`header`]
-//! is the first cluster, [`file`] what an image is written to, [`image`] makes,
+//! is the first cluster, [`mod@file`] what an image is written to, [`image`] makes,
 //! checks and flushes one, and [`lock`] keeps others away from it.
 
 pub mod file;
