@@ -14,6 +14,7 @@
 
 #![cfg(loom)]
 
+mod image_file;
 mod kept;
 
 use loom::sync::Arc;
