@@ -54,7 +54,8 @@ run() {
 status=0
 if [ "$seconds" -eq 0 ]; then
     say 'Fuzzing until Ctrl-C'
-    run | tee -- "$log" || status=$?
+    # Ctrl-C is for the fuzzer, whose status counts.
+    run | tee -i -- "$log" || status=$?
 else
     say "Fuzzing for $seconds seconds"
     run >"$log" || status=$?
