@@ -78,7 +78,6 @@ mod write;
 mod zero;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use directory::Directory;
 pub use map::State;
@@ -89,6 +88,7 @@ use crate::base::Base;
 use crate::block::{BlockNum, BlockSize, ByteRange};
 use crate::buffer::buffer;
 use crate::error::Result;
+use crate::sync::{AtomicBool, Ordering};
 use map::BlockMap;
 use stripes::Stripes;
 

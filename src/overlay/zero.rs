@@ -5,7 +5,6 @@
 //! stripes once for every MiB of a disk that has nothing stored.
 
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 use super::map::BlockMap;
 use super::write::New;
@@ -13,6 +12,7 @@ use super::{Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::error::{Error, Result};
+use crate::sync::Ordering;
 
 /// How many bytes of the disk are zeroed under one hold of the stripes.
 const WINDOW: u64 = 1 << 30;

@@ -17,6 +17,8 @@
 mod image_file;
 mod kept;
 
+use std::ops::Range;
+
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU8, Ordering};
 use loom::thread;
@@ -367,6 +369,45 @@ fn a_block_that_is_zeroed_and_written_again_shows_no_third_value() {
         (3, 3),
         &[0],
     );
+}
+
+/// Both hold the stripe shared, and change one word of the map.
+#[test]
+fn writes_of_two_neighbouring_blocks_both_survive() {
+    for has_leaf in [false, true] {
+        loom::model(move || {
+            let disk = disk();
+            if has_leaf {
+                write(&disk, 0, 2 * BLOCK, BLOCK);
+            }
+            let thread = spawn(&disk, |disk| write(disk, 7, BLOCK, BLOCK));
+            write_block(&disk);
+            thread.join().expect("no panic");
+            assert_eq!(halves(&disk), (3, 3));
+            assert_eq!(disk.state_at(BLOCK).expect("in range"), State::Data);
+        });
+    }
+}
+
+/// All three stripes, and two of them that wrap around the end of the array.
+#[test]
+fn requests_that_need_several_stripes_do_not_wait_for_each_other_for_ever() {
+    const AREA: u64 = SIZE / 4;
+    fn trim_areas(disk: &Disk, areas: Range<u64>) {
+        let len = (areas.end - areas.start) * AREA;
+        disk.zero(&ModelBase, areas.start * AREA, len, Zeroing::Trim)
+            .expect("a good trim");
+    }
+    loom::model(|| {
+        let disk = disk();
+        let thread = spawn(&disk, |disk| trim_areas(disk, 2..4));
+        trim_areas(&disk, 0..3);
+        thread.join().expect("no panic");
+        for area in 0..4 {
+            let state = disk.state_at(area * AREA).expect("in range");
+            assert_eq!(state, State::Zero);
+        }
+    });
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 use super::super::{Overlay, Store};
 use crate::block::{BlockNum, ByteRange};
@@ -10,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::qcow2::file::ImageFile;
 use crate::qcow2::image::{CLUSTERS_PER_GROUP, Image};
 use crate::qcow2::layout::{BLOCKS_PER_CLUSTER, GuestCluster};
+use crate::sync::Ordering;
 
 const BLOCKS_PER_GROUP: u64 = BLOCKS_PER_CLUSTER * CLUSTERS_PER_GROUP;
 
