@@ -11,7 +11,12 @@ CARGO_TARGET_DIR=$(target_dir)/loom
 RUSTFLAGS="${RUSTFLAGS:-} --cfg loom"
 export CARGO_TARGET_DIR RUSTFLAGS
 
+# The copies below have the same name to cargo, which then takes the older sources of
+# one for those of what it has built from another.
+forget_builds() { cargo clean -q -p nbdkit-cow-filter --manifest-path "$root/Cargo.toml"; }
+
 say 'Model checking'
+forget_builds
 cargo test --test loom --manifest-path "$root/Cargo.toml"
 
 copy=$(mktemp -d)
@@ -26,6 +31,7 @@ must_find() {
     for name in $bugs; do
         patch -s -d "$copy" -p1 <"$root/tests/loom/$name.patch"
     done
+    forget_builds
     cargo test --test loom --no-run --manifest-path "$copy/Cargo.toml"
     if found=$(cargo test --test loom --manifest-path "$copy/Cargo.toml" 2>&1); then
         die 'The model checker found none of the bugs.'
@@ -43,4 +49,5 @@ must_find 'lost-write late-mark joined-flush' \
     kept::a_change_that_another_request_has_made_is_safe_after_a_flush \
     kept::each_of_many_flushes_covers_what_was_written_before_it
 must_find lost-update writes_of_two_neighbouring_blocks_both_survive
+forget_builds
 say 'It found the bugs.'
