@@ -22,6 +22,9 @@ const BLOCK: u64 = 4096;
 /// Blocks that are written before rewrites and reads of data are counted.
 const PREPARED: u64 = 1024;
 
+/// What a leaf of the block map is in charge of, in bytes of the disk.
+const LEAF: u64 = 2048 * BLOCK;
+
 /// Counts allocations: there should be none on the path of a request.
 struct Counting;
 
@@ -149,7 +152,9 @@ fn allocations(what: &str, count: u64) -> Result<u64> {
         overlay.write(&base, &buffer, block * BLOCK)?;
     }
     let again = |index: u64| index % PREPARED * BLOCK;
-    let fresh = |index: u64| (PREPARED + index) * BLOCK;
+    // Here and there, and none twice: a step that is odd comes everywhere in a power of two.
+    let fresh = |index: u64| (PREPARED + index * 40_503 % (1 << 18)) * BLOCK;
+    let far = |index: u64| index * LEAF + (1 << 30);
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     for index in 0..count {
         // The same match in each, so that it drops out of the differences.
@@ -157,6 +162,7 @@ fn allocations(what: &str, count: u64) -> Result<u64> {
             "read-base" => overlay.read(&base, &mut buffer, fresh(index), false)?,
             "read-data" => overlay.read(&base, &mut buffer, again(index), false)?,
             "write-fresh" => overlay.write(&base, &buffer, fresh(index))?,
+            "write-far" => overlay.write(&base, &buffer, far(index))?,
             "write-again" => overlay.write(&base, &buffer, again(index))?,
             "call-base" => Base::read(&base, &mut buffer, fresh(index))?,
             "call-store-read" => Store::read(&store, &mut buffer, again(index))?,

@@ -1,13 +1,15 @@
 //! Instructions per request, as callgrind counts them, and the memory of the
 //! block map: figures without noise, which need no rounds.
 //!
-//! Three views. The core alone ([`super::driver`]) is what the filter decides and
-//! notes down for a request. The whole process, serving the null plugin, minus
-//! the same without a filter, has all that the filter adds in user space: the
-//! boundary and nbdkit's own calls between layers too. What the kernel does in a
-//! system call is in the third only, which is counted by the processor (`perf
-//! stat`), where there is one that the system lets count.
+//! Four views. The core alone ([`super::driver`]) is what the filter decides and
+//! notes down for a request. The filter's library, loaded by nbdkit over the null
+//! plugin, has the boundary and the store too: all of the filter's own code. The whole
+//! process, minus the same without a filter, has what the filter makes nbdkit and the C
+//! library do besides. What the kernel does in a system call is in the fourth only,
+//! which is counted by the processor (`perf stat`), where there is one that the system
+//! lets count.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -34,7 +36,7 @@ impl Counter {
             Counter::Callgrind => vec![
                 "valgrind".into(),
                 "--tool=callgrind".into(),
-                "--callgrind-out-file=/dev/null".into(),
+                format!("--callgrind-out-file={log}.out"),
                 format!("--log-file={log}"),
             ],
             Counter::Perf => ["perf", "stat", "-x,", "-e", "instructions", "-o"]
@@ -70,7 +72,7 @@ impl Counter {
 }
 
 /// What is counted; the call alone that is subtracted; title.
-const CORE: [(&str, &str, &str); 4] = [
+const CORE: [(&str, &str, &str); 5] = [
     ("read-base", "call-base", "4K read of the base"),
     ("read-data", "call-store-read", "4K read of written data"),
     (
@@ -83,6 +85,11 @@ const CORE: [(&str, &str, &str); 4] = [
         "call-store-write",
         "4K write to a written block",
     ),
+    (
+        "write-far",
+        "call-store-write",
+        "4K write, the first to 8M of the disk",
+    ),
 ];
 
 pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
@@ -93,8 +100,8 @@ pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
     }
     if !effort.quick {
         for write in [false, true] {
-            rows.push(process(Counter::Callgrind, write, scratch.path()));
-            rows.push(process(Counter::Perf, write, scratch.path()));
+            rows.extend(process(Counter::Callgrind, write, scratch.path()));
+            rows.extend(process(Counter::Perf, write, scratch.path()));
         }
     }
     rows.push(map_memory("memory-trim", "trimmed", effort)?);
@@ -153,31 +160,59 @@ fn number(output: &str) -> Result<f64, String> {
     number.map_err(|_| format!("the driver said {output:?}"))
 }
 
-/// The whole nbdkit with a filter, beyond nbdkit without one.
-fn process(counter: Counter, write: bool, place: &Path) -> Row {
+/// What nbdkit executes for a request, with and without a filter.
+#[derive(Clone, Copy)]
+struct Executed {
+    whole: f64,
+    /// In the library of the filter.
+    library: f64,
+}
+
+/// The rows of nbdkit as a whole, and of the filter's library, where the counter tells
+/// one from the other.
+fn process(counter: Counter, write: bool, place: &Path) -> Vec<Row> {
     let (kind, request) = if write {
         ("write", "4K write to a fresh block")
     } else {
         ("read", "4K read of the base")
     };
+    let row = |id: &str, title: String| Row::single(id, &title, "instructions", &[]);
+    let mut library = row(
+        &format!("library-{kind}"),
+        format!("filter's library, {request}, beyond system calls"),
+    );
     let (id, what) = match counter {
         Counter::Callgrind => ("process", "nbdkit as a whole"),
         Counter::Perf => ("system", "nbdkit as a whole and the kernel"),
     };
-    let title = format!("{what}, {request}, beyond no filter");
-    let mut row = Row::single(&format!("{id}-{kind}"), &title, "instructions", &[]);
+    let mut whole = row(
+        &format!("{id}-{kind}"),
+        format!("{what}, {request}, beyond no filter"),
+    );
     let without = process_each(counter, System::NoFilter, write, place);
     for system in [System::Ours, System::CDefault, System::C4K] {
-        let figure = without.clone().and_then(|without| {
+        let executed = without.clone().and_then(|without| {
             let with = process_each(counter, system, write, place)?;
-            Ok(with - without)
+            Ok(Executed {
+                whole: with.whole - without.whole,
+                ..with
+            })
         });
-        match figure {
-            Ok(figure) => drop(row.figures.insert(system, vec![Some(figure)])),
-            Err(reason) => drop(row.failures.insert(system, [reason].into())),
+        match executed {
+            Ok(Executed {
+                whole: beyond,
+                library: own,
+            }) => {
+                whole.figures.insert(system, vec![Some(beyond)]);
+                library.figures.insert(system, vec![Some(own)]);
+            }
+            Err(reason) => drop(whole.failures.insert(system, [reason].into())),
         }
     }
-    row
+    match counter {
+        Counter::Callgrind => vec![library, whole],
+        Counter::Perf => vec![whole],
+    }
 }
 
 fn process_each(
@@ -185,7 +220,7 @@ fn process_each(
     system: System,
     write: bool,
     place: &Path,
-) -> Result<f64, String> {
+) -> Result<Executed, String> {
     const FEW: u64 = 200;
     const MANY: u64 = 2200;
     let log = place.join("count.log");
@@ -212,9 +247,55 @@ fn process_each(
         done.map_err(|error| format!("while they were counted: {error}"))?;
         drop(client);
         server.stop();
-        counts.push(counter.count(&log)?);
+        counts.push(Executed {
+            whole: counter.count(&log)?,
+            library: match counter {
+                Counter::Callgrind => in_library(&log.with_extension("log.out"))?,
+                Counter::Perf => 0.0,
+            },
+        });
     }
-    Ok((counts[1] - counts[0]) / (MANY - FEW) as f64)
+    let each =
+        |count: fn(&Executed) -> f64| (count(&counts[1]) - count(&counts[0])) / (MANY - FEW) as f64;
+    Ok(Executed {
+        whole: each(|counts| counts.whole),
+        library: each(|counts| counts.library),
+    })
+}
+
+/// The sum of what callgrind's output file says of functions of a cow filter's library.
+/// The format is described in Valgrind's manual: an `ob=` line names the object file of
+/// the costs that follow, with a number that stands for its name later; a line after
+/// `calls=` is the cost of a call, which is not the caller's own.
+fn in_library(output: &Path) -> Result<f64, String> {
+    let text = std::fs::read_to_string(output).map_err(|error| format!("a profile: {error}"))?;
+    let (mut ours, mut is_ours, mut is_call) = (BTreeSet::new(), false, false);
+    let mut sum = 0.0;
+    for line in text.lines() {
+        if std::mem::take(&mut is_call) {
+            continue;
+        }
+        if let Some((key, value)) = line.split_once('=') {
+            is_call = key == "calls";
+            if key == "ob" || key == "cob" {
+                let (number, name) = value.split_once(' ').unwrap_or((value, ""));
+                if name.contains("cow_filter") || name.contains("cow-filter") {
+                    ours.insert(number);
+                }
+                if key == "ob" {
+                    is_ours = ours.contains(number);
+                }
+            }
+        } else if is_ours && line.starts_with(|first: char| "0123456789+-*".contains(first)) {
+            let cost = line.split(' ').nth(1).and_then(|cost| cost.parse().ok());
+            sum += cost.unwrap_or(0.0);
+        }
+    }
+    if ours.is_empty() {
+        // Without a filter there is none.
+        return Ok(0.0);
+    }
+    Ok(sum)
 }
 
 /// The memory that it takes to know that every second 4K block of 1 TiB is

@@ -39,6 +39,8 @@ pub fn goals(id: &str) -> &'static [Goal] {
         "disk-kept-never" | "kept-32" | "disk-kept-32" => &[Times(System::QemuKept, 1.5)],
         "kept-1" | "disk-kept-1" => &[Times(System::QemuKept, 1.0)],
         "kept-resume" => &[AtMost(200.0)],
+        "instructions-write-far" | "allocations-write-far" => &[],
+        _ if id.starts_with("library-") => &[AtMost(400.0)],
         _ if id.starts_with("instructions-") => &[AtMost(400.0)],
         _ if id.starts_with("allocations-") => &[AtMost(0.001)],
         _ => &[],

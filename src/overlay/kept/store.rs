@@ -111,7 +111,7 @@ impl<F: ImageFile> Store for KeptStore<F> {
 }
 
 impl<F: ImageFile> Overlay<KeptStore<F>> {
-    /// The overlay that an image holds; `wrap` makes a store of it. The errors are
+    /// The overlay that an image holds. The errors are
     /// those of [`Image::load`].
     pub fn resume(image: Image<F>, can_zero_range: bool) -> Result<Self> {
         let layout = image.layout();
