@@ -1,20 +1,59 @@
 //! What was written, as a qcow2 file over the base: the recipe of the manual page.
 
 use std::fs;
-use std::path::Path;
 
 use crate::harness::{Base, Server, noise, run, run_in, scratch};
 
-/// The commands of the manual page, word for word, with the socket in its place.
-fn recipe(socket: &Path) -> Vec<String> {
+/// The commands of qemu-img below a heading of the manual page, word for word.
+fn commands(heading: &str) -> Vec<String> {
     let manual = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/nbdkit-cow-filter.pod");
     let manual = fs::read_to_string(manual).expect("the manual page");
+    let heading = format!("=head2 {heading}");
     manual
         .lines()
+        .skip_while(|line| *line != heading)
+        .skip(1)
+        .take_while(|line| !line.starts_with("=head"))
         .filter_map(|line| line.strip_prefix(' '))
         .filter(|line| line.starts_with("qemu-img "))
-        .map(|line| line.replace("SOCK", socket.to_str().unwrap()))
+        .map(str::to_string)
         .collect()
+}
+
+fn words(command: &str) -> Vec<&str> {
+    command.split(' ').collect()
+}
+
+/// The example of a kept overlay, on files with the names that it has.
+#[test]
+fn the_example_of_a_kept_overlay_does_what_it_says() {
+    let files = scratch();
+    let disk = files.path().join("disk.img");
+    let mut expected = noise(1, 8 << 20);
+    fs::write(&disk, &expected).expect("the base");
+    let (file, kept) = (
+        format!("file={}", disk.display()),
+        format!("cow-overlay={}", files.path().join("diff.qcow2").display()),
+    );
+    for (round, byte) in [b'0', b'1'].into_iter().enumerate() {
+        let start = (round * 2 << 20) + 77;
+        expected[start..start + 100_000].fill(byte);
+        let server = Server::start(&["file", &file, &kept]);
+        server.nbdsh(&format!("h.pwrite(b'{round}' * 100_000, {start})"));
+        server.stop();
+    }
+    let commands = commands("Keep what was written");
+    let [info, convert, commit] = &commands[..] else {
+        panic!("{commands:?}");
+    };
+    let said = run_in(files.path(), &words(info));
+    assert!(said.contains("backing file: disk.img"), "{said}");
+    run_in(files.path(), &words(convert));
+    let changed = fs::read(files.path().join("changed.img"));
+    assert!(changed.expect("what convert made") == expected);
+    assert!(fs::read(&disk).expect("the base") != expected);
+    run_in(files.path(), &words(commit));
+    assert!(fs::read(&disk).expect("the base") == expected);
 }
 
 #[test]
@@ -41,11 +80,11 @@ fn the_recipe_for_a_diff_gives_the_disk_as_it_was_written() {
         "#,
     );
 
-    let recipe = recipe(&server.socket());
+    let recipe = commands("How to get the differences of a temporary overlay");
     assert_eq!(recipe.len(), 2, "{recipe:?}");
-    for words in recipe {
-        let words: Vec<_> = words.split(' ').collect();
-        run_in(base.directory(), &words);
+    for command in recipe {
+        let command = command.replace("SOCK", server.socket().to_str().unwrap());
+        run_in(base.directory(), &words(&command));
     }
     server.stop();
 
