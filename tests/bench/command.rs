@@ -1,6 +1,9 @@
 //! Children with an end: none outlives its time limit, so that a server which
-//! hangs costs a cell of the table and not the run.
+//! hangs costs a cell of the table and not the run; and none outlives this process,
+//! so that a run which is interrupted leaves no server behind.
 
+use std::io;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -21,7 +24,28 @@ pub fn command(program: &str) -> Command {
         .env_remove("COW_LOG")
         .env_remove("TMPDIR")
         .stdin(Stdio::null());
+    end_with_us(&mut command);
     command
+}
+
+/// Has the kernel kill the child when the thread ends that starts it, which has to
+/// be the main thread for this reason.
+fn end_with_us(command: &mut Command) {
+    let us = std::process::id();
+    let before_exec = move || {
+        // SAFETY: prctl with this option takes one integer and touches no memory.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        // If we ended before that call, nobody will send the signal.
+        if std::os::unix::process::parent_id() != us {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the child of a fork, and does nothing there but
+    // two system calls: it takes no lock and allocates nothing.
+    unsafe { command.pre_exec(before_exec) };
 }
 
 /// Runs a command to its end, which must be success, and gives its output and
@@ -50,7 +74,7 @@ fn timed_out(name: &str, limit: Duration) -> String {
 }
 
 /// None when the limit came first; the child is killed then.
-fn output_of(child: Child, limit: Duration) -> Option<std::io::Result<Output>> {
+fn output_of(child: Child, limit: Duration) -> Option<io::Result<Output>> {
     let pid = child.id();
     let (sender, receiver) = mpsc::channel();
     // Blocks in the kernel until the child ends: looking again and again would

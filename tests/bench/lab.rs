@@ -21,10 +21,12 @@ pub const DISK: &str = "/var/tmp";
 /// How long a read of the slow base takes.
 const DELAY: Duration = Duration::from_millis(5);
 
-/// A directory of our own in `place`, removed with all that is in it.
+/// A directory of our own in `place`, removed with all that is in it. `make bench`
+/// says how its name starts, to be able to remove it too.
 pub fn scratch(place: &str) -> Result<TempDir, String> {
+    let prefix = std::env::var("BENCH_SCRATCH").unwrap_or_else(|_| "cow-bench.".into());
     tempfile::Builder::new()
-        .prefix("cow-bench.")
+        .prefix(&prefix)
         .tempdir_in(place)
         .map_err(|error| format!("no directory in {place}: {error}"))
 }
