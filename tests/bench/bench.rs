@@ -16,6 +16,7 @@
 //! - [`runner`]: rounds, and the statistics over them
 //! - [`fio`], [`nbd`]: load generators
 //! - [`systems`]: what is compared, as running servers
+//! - [`filters`]: the files of the filters
 //! - [`command`]: children with a time limit
 //! - [`machine`]: what it ran on
 //!
@@ -25,6 +26,7 @@
 mod command;
 mod disks;
 mod driver;
+mod filters;
 mod fio;
 mod instructions;
 mod kept;

@@ -4,13 +4,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use super::command::{self, command};
+use super::filters::{of_nbdkit, ours};
 use super::nbd::Client;
 
 /// How long a server may take until it answers; under callgrind it takes seconds.
@@ -71,6 +71,8 @@ pub struct Setup {
     /// disk: it is going to be written to.
     fresh: bool,
     delay: bool,
+    /// Whether the server keeps to itself where the disk has holes.
+    dense: bool,
     /// The image that is to be gone on with, in place of a new one.
     image: Option<PathBuf>,
     /// Runs the server under this command.
@@ -85,6 +87,7 @@ impl Setup {
             disk: Some(path.into()),
             fresh: false,
             delay: false,
+            dense: false,
             image: None,
             under: Vec::new(),
         }
@@ -97,6 +100,7 @@ impl Setup {
             disk: None,
             fresh: false,
             delay: false,
+            dense: false,
             image: None,
             under: Vec::new(),
         }
@@ -138,6 +142,9 @@ impl Setup {
             if self.delay {
                 let disk = Setup {
                     fresh: false,
+                    // qemu asks for holes before each read. The disk has none, and to
+                    // find that out takes tmpfs longer than the delay takes.
+                    dense: true,
                     ..self.clone()
                 };
                 let server = disk.start(System::NoFilter, place)?;
@@ -173,14 +180,22 @@ impl Setup {
 
     fn nbdkit(&self, system: System, own: &Path) -> Result<Command, String> {
         let mut words = self.under.clone();
-        words.extend(["nbdkit", "-f", "--exit-with-parent", "-U"].map(String::from));
+        words.extend(["nbdkit", "-f", "-U"].map(String::from));
         words.push(socket_in(own).display().to_string());
-        let filter: &[&str] = match system {
-            System::Ours | System::Kept => &[library()],
-            System::CDefault | System::C4K => &["cow"],
-            System::NoFilter | System::Qemu | System::QemuKept => &[],
+        if !self.under.is_empty() {
+            // Below perf it is no child of ours. Elsewhere this would make of the
+            // signal at our end one that it may take its time over.
+            words.push("--exit-with-parent".into());
+        }
+        let filter = match system {
+            System::Ours | System::Kept => Some(ours()),
+            System::CDefault | System::C4K => Some(of_nbdkit()?),
+            System::NoFilter | System::Qemu | System::QemuKept => None,
         };
-        words.extend(filter.iter().map(|filter| format!("--filter={filter}")));
+        words.extend(filter.map(|filter| format!("--filter={filter}")));
+        if self.dense {
+            words.push("--filter=noextents".into());
+        }
         if self.delay {
             words.push("--filter=delay".into());
         }
@@ -241,21 +256,6 @@ fn socket_in(own: &Path) -> PathBuf {
 
 fn image_in(own: &Path) -> PathBuf {
     own.join("diff.qcow2")
-}
-
-/// The library under test: the one that cargo built for this executable.
-pub fn library() -> &'static str {
-    static FOUND: OnceLock<String> = OnceLock::new();
-    FOUND.get_or_init(|| {
-        let path = match std::env::var_os("LIBRARY").filter(|path| !path.is_empty()) {
-            Some(path) => PathBuf::from(path),
-            None => std::env::current_exe()
-                .expect("the path of this executable")
-                .with_file_name("libnbdkit_cow_filter.so"),
-        };
-        assert!(path.is_file(), "there is no {}", path.display());
-        path.into_os_string().into_string().expect("a UTF-8 path")
-    })
 }
 
 /// A sparse file of this many bytes.
