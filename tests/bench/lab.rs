@@ -6,9 +6,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::statvfs::statvfs;
 use tempfile::TempDir;
 
 use super::fio::{Job, ON_ONE_CORE};
+use super::machine;
 use super::runner::{Cell, Effort, Kind, Measured};
 use super::systems::{Server, Setup, System};
 use super::targets::goals;
@@ -17,6 +19,8 @@ use super::targets::goals;
 /// system the first write of a block costs what it costs in use.
 pub const MEMORY: &str = "/dev/shm";
 pub const DISK: &str = "/var/tmp";
+
+const GIB: f64 = (1u64 << 30) as f64;
 
 /// How long a read of the slow base takes.
 const DELAY: Duration = Duration::from_millis(5);
@@ -35,6 +39,32 @@ pub fn scratch_in_memory() -> Result<TempDir, String> {
     scratch(MEMORY)
 }
 
+/// How much can be written to `place`, in bytes. tmpfs promises what it is allowed,
+/// whether the machine has so much memory left or not.
+pub fn room(place: &str) -> Result<u64, String> {
+    let about = statvfs(place).map_err(|error| format!("{place}: {error}"))?;
+    let free = about.blocks_available() * about.fragment_size();
+    Ok(match place {
+        MEMORY => free.min(machine::available_memory().unwrap_or(free)),
+        _ => free,
+    })
+}
+
+/// Complains before anything is measured, and not in the middle of it.
+pub fn need_room(effort: &Effort) -> Result<(), String> {
+    for place in [MEMORY, DISK] {
+        // The disk, one overlay that has all of it, and qemu-nbd's way to count.
+        let needed = (effort.disk * 5 / 2) as f64 / GIB;
+        let free = room(place)? as f64 / GIB;
+        if free < needed {
+            return Err(format!(
+                "{needed:.1} GiB are needed in {place}, and there are {free:.1} GiB"
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// A directory with a disk full of random bytes in it.
 pub struct Lab {
     scratch: TempDir,
@@ -50,7 +80,7 @@ impl Lab {
     pub fn new(place: &str, effort: &Effort) -> Result<Lab, String> {
         let scratch = scratch(place)?;
         let disk = scratch.path().join("disk.img");
-        random_file(&disk, effort.disk).map_err(|error| format!("the disk: {error}"))?;
+        random_file(&disk, effort.disk).map_err(|error| format!("the disk in {place}: {error}"))?;
         Ok(Lab {
             scratch,
             disk,

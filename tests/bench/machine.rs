@@ -48,9 +48,19 @@ fn processor() -> String {
 }
 
 fn memory() -> String {
-    let kilobytes = field("/proc/meminfo", "MemTotal")
-        .and_then(|value| value.strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    kilobytes.map_or("unknown".into(), |kb| {
-        format!("{:.1} GiB", kb as f64 / (1 << 20) as f64)
+    in_memory("MemTotal").map_or("unknown".into(), |bytes| {
+        format!("{:.1} GiB", bytes as f64 / (1 << 30) as f64)
     })
+}
+
+/// What can be had without swapping, in bytes, where the kernel says so.
+pub fn available_memory() -> Option<u64> {
+    in_memory("MemAvailable")
+}
+
+/// A field of /proc/meminfo, in bytes.
+fn in_memory(name: &str) -> Option<u64> {
+    let value = field("/proc/meminfo", name)?;
+    let kilobytes: u64 = value.strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kilobytes << 10)
 }

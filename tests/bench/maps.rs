@@ -9,9 +9,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::sys::statvfs::statvfs;
-
-use super::lab::scratch_in_memory;
+use super::lab::{MEMORY, room, scratch_in_memory};
 use super::nbd::Request;
 use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
 use super::systems::{Server, Setup, System, sparse};
@@ -112,13 +110,12 @@ fn sparse_disk(effort: &Effort) -> Result<Row, String> {
 
 /// Half of the disk has to fit into memory, once; on a small machine the
 /// disk is smaller.
-fn fragmented_size(effort: &Effort, place: &Path) -> u64 {
-    let free = statvfs(place).map_or(0, |fs| fs.blocks_available() * fs.fragment_size());
-    match free >> 30 {
+fn fragmented_size(effort: &Effort) -> Result<u64, String> {
+    Ok(match room(MEMORY)? >> 30 {
         _ if effort.quick => 1 << 30,
         12.. => 16 << 30,
         _ => 2 << 30,
-    }
+    })
 }
 
 /// Only systems with blocks of 4K: larger blocks are all written, and the
@@ -126,7 +123,7 @@ fn fragmented_size(effort: &Effort, place: &Path) -> u64 {
 fn fragmented(effort: &Effort) -> Result<Row, String> {
     let scratch = scratch_in_memory()?;
     let place = scratch.path();
-    let size = fragmented_size(effort, place);
+    let size = fragmented_size(effort)?;
     let mut row = fragmented_beside(System::Ours, size, effort, place)?;
     // On a disk of its own, which is small: two large ones may not fit into
     // memory, and a ratio is the same per extent.
