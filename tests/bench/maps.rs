@@ -128,22 +128,12 @@ fn fragmented(effort: &Effort) -> Result<Row, String> {
     // On a disk of its own, which is small: two large ones may not fit into
     // memory, and a ratio is the same per extent.
     let theirs = fragmented_beside(System::C4K, 1 << 30, effort, place)?;
-    let ratio = theirs.ratio(System::C4K, System::NoFilter);
-    let scale = row.own(System::NoFilter);
-    if let (Some(ratio), Some(scale)) = (ratio, scale) {
-        let rounds = row.figures[&System::NoFilter].len();
-        let figure = Some(ratio.median * scale.median);
-        row.figures.insert(System::C4K, vec![figure; rounds]);
-    }
+    let scaled = scaled(&theirs, &row);
+    row.figures.insert(System::C4K, scaled);
     row.failures.extend(theirs.failures);
-    note(
-        &mut row,
-        System::C4K,
-        "measured in the same way on a 1G disk",
-    );
+    row.note(System::C4K, "measured in the same way on a 1G disk");
     for system in [System::CDefault, System::Qemu] {
-        note(
-            &mut row,
+        row.note(
             system,
             "not comparable: its blocks are larger, so all of the disk is written",
         );
@@ -151,8 +141,15 @@ fn fragmented(effort: &Effort) -> Result<Row, String> {
     Ok(row)
 }
 
-fn note(row: &mut Row, system: System, text: &str) {
-    row.failures.entry(system).or_default().insert(text.into());
+/// The C filter's figures as they would be on the disk of `row`, by what "no filter"
+/// took for both in the same round.
+fn scaled(theirs: &Row, row: &Row) -> Vec<Option<f64>> {
+    let filter = theirs.figures[&System::C4K].iter();
+    let beside = theirs.figures[&System::NoFilter].iter();
+    let rounds = filter.zip(beside).zip(&row.figures[&System::NoFilter]);
+    rounds
+        .map(|((filter, beside), here)| Some((*filter)? / (*beside)? * (*here)?))
+        .collect()
 }
 
 fn fragmented_beside(

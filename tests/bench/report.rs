@@ -1,6 +1,5 @@
 //! The page: `docs/performance/README.md`.
 
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -54,7 +53,8 @@ const SUMMARY_KEPT: [(&str, &str); 8] = [
 ];
 
 const COLUMNS: &str = "\
-Every system did the same work right after the others, in each of the rounds, and in another order each time.
+Every system did the same work right after the others, in each of the rounds. Each round starts with another one,
+and every second round takes them the other way round.
 
 - *no filter*: nbdkit with its file plugin alone, the measure of the others. It reads the same disk; where there is
   writing it writes to a fresh sparse file on the same file system. A median in its own unit.
@@ -186,7 +186,7 @@ fn table<'a>(rows: impl Iterator<Item = &'a Row>, systems: &[System], notes: &mu
                 Some(spread) => ranged(spread),
                 None => "-".into(),
             };
-            let marks = notes.mark(row.failures.get(&system));
+            let marks = notes.marks(row, system);
             let _ = write!(table, " {figure}{marks} |");
         }
         let verdicts: Vec<_> = goals(&row.id)
@@ -207,7 +207,7 @@ fn title(row: &Row) -> String {
 }
 
 fn no_filter(row: &Row, notes: &mut Notes) -> String {
-    let marks = notes.mark(row.failures.get(&System::NoFilter));
+    let marks = notes.marks(row, System::NoFilter);
     let figure = match (row.kind, row.own(System::NoFilter)) {
         (_, None) => "-".into(),
         (Kind::Rate, Some(own)) if own.median >= 10_000.0 => {
@@ -226,9 +226,10 @@ fn no_filter(row: &Row, notes: &mut Notes) -> String {
 struct Notes(Vec<String>);
 
 impl Notes {
-    fn mark(&mut self, reasons: Option<&BTreeSet<String>>) -> String {
+    fn marks(&mut self, row: &Row, system: System) -> String {
         let mut marks = String::new();
-        for reason in reasons.into_iter().flatten() {
+        let reasons = [&row.failures, &row.notes].map(|all| all.get(&system));
+        for reason in reasons.into_iter().flatten().flatten() {
             let known = self.0.iter().position(|note| note == reason);
             let number = known.unwrap_or_else(|| {
                 self.0.push(reason.clone());

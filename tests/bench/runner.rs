@@ -2,7 +2,8 @@
 //!
 //! A round asks each system of each cell once, the systems of a cell directly
 //! one after the other, so that both sides of a ratio were measured within a
-//! second or two. Which comes first moves on by one each round.
+//! second or two. Which comes first moves on by one each round, and every second
+//! round goes the other way round, so that nobody always comes after the same one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -57,6 +58,8 @@ pub enum Failure {
     ThisTime(String),
     /// It is not asked again.
     Always(String),
+    /// It is not asked again either, and is not expected to have a figure: a note.
+    NotAsked(String),
 }
 
 impl From<String> for Failure {
@@ -89,7 +92,10 @@ pub struct Row {
     pub title: String,
     pub kind: Kind,
     pub figures: BTreeMap<System, Vec<Option<f64>>>,
+    /// Why figures are missing that should be there.
     pub failures: BTreeMap<System, BTreeSet<String>>,
+    /// What else is to be known about figures.
+    pub notes: BTreeMap<System, BTreeSet<String>>,
 }
 
 /// A median between the smallest and the largest.
@@ -127,7 +133,12 @@ impl Row {
             kind: Kind::Amount(unit),
             figures: figures.collect(),
             failures: BTreeMap::new(),
+            notes: BTreeMap::new(),
         }
+    }
+
+    pub fn note(&mut self, system: System, text: &str) {
+        self.notes.entry(system).or_default().insert(text.into());
     }
 
     /// Whether the row is about the overlay that is kept.
@@ -210,27 +221,22 @@ pub fn run(mut cells: Vec<Cell<'_>>) -> Vec<Row> {
             if round >= cell.rounds {
                 continue;
             }
-            let count = cell.systems.len();
-            for turn in 0..count {
-                let system = cell.systems[(turn + round) % count];
-                let figure = if given_up.contains(&(index, system)) {
-                    None
-                } else {
+            for system in order(&cell.systems, round) {
+                let mut figure = None;
+                if !given_up.contains(&(index, system)) {
                     match (cell.measure)(system) {
-                        Ok(figure) => Some(figure),
-                        Err(failure) => {
-                            let reason = match failure {
-                                Failure::ThisTime(reason) => reason,
-                                Failure::Always(reason) => {
-                                    given_up.insert((index, system));
-                                    reason
-                                }
-                            };
+                        Ok(number) => figure = Some(number),
+                        Err(Failure::ThisTime(reason)) => rows[index].failed(system, reason),
+                        Err(Failure::Always(reason)) => {
+                            given_up.insert((index, system));
                             rows[index].failed(system, reason);
-                            None
+                        }
+                        Err(Failure::NotAsked(reason)) => {
+                            given_up.insert((index, system));
+                            rows[index].note(system, &reason);
                         }
                     }
-                };
+                }
                 let figures = rows[index].figures.entry(system).or_default();
                 figures.push(figure);
             }
@@ -238,6 +244,16 @@ pub fn run(mut cells: Vec<Cell<'_>>) -> Vec<Row> {
         }
     }
     rows
+}
+
+/// The systems in a round's order.
+fn order(systems: &[System], round: usize) -> Vec<System> {
+    let count = systems.len();
+    let turns = 0..count;
+    let step = if round % 2 == 0 { 1 } else { count - 1 };
+    turns
+        .map(|turn| systems[(round + turn * step) % count])
+        .collect()
 }
 
 impl Row {
@@ -248,10 +264,11 @@ impl Row {
             kind: cell.kind,
             figures: BTreeMap::new(),
             failures: BTreeMap::new(),
+            notes: BTreeMap::new(),
         }
     }
 
-    fn failed(&mut self, system: System, reason: String) {
+    pub fn failed(&mut self, system: System, reason: String) {
         if self
             .failures
             .entry(system)
