@@ -21,7 +21,8 @@
 //! - [`machine`]: what it ran on
 //!
 //! `QUICK=1` takes few and short rounds, to see that it works, and writes to
-//! `target/bench` instead of `docs/performance`.
+//! `target/bench` instead of `docs/performance`. So does a run in which this filter
+//! failed anywhere, and that ends with an error. The others may fail: a note says so.
 
 mod command;
 mod disks;
@@ -46,6 +47,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use runner::{Effort, Row};
+use systems::System;
+
+/// How a row of this filter's could not be measured.
+type Failed = (String, System, String);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -54,8 +59,15 @@ fn main() -> ExitCode {
     }
     let quick = std::env::var_os("QUICK").is_some_and(|value| !value.is_empty() && value != "0");
     let effort = if quick { Effort::QUICK } else { Effort::FULL };
-    match measure(&effort) {
-        Ok(()) => ExitCode::SUCCESS,
+    match bench(&effort) {
+        Ok(failed) if failed.is_empty() => ExitCode::SUCCESS,
+        Ok(failed) => {
+            eprintln!("bench: this filter failed:");
+            for (title, system, reason) in failed {
+                eprintln!("  {title}: {}: {reason}", system.name());
+            }
+            ExitCode::FAILURE
+        }
         Err(error) => {
             eprintln!("bench: {error}");
             ExitCode::FAILURE
@@ -63,19 +75,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure(effort: &Effort) -> Result<(), Box<dyn std::error::Error>> {
+fn bench(effort: &Effort) -> Result<Vec<Failed>, Box<dyn std::error::Error>> {
     let start = Instant::now();
-    let mut rows: Vec<Row> = Vec::new();
-    // One after the other: each gives back its files before the next makes its own.
-    rows.extend(workloads::on_memory(effort)?);
-    rows.extend(workloads::on_disk(effort)?);
-    rows.extend(kept::all(effort)?);
-    rows.extend(disks::all(effort)?);
-    rows.extend(maps::all(effort)?);
-    rows.extend(instructions::all(effort)?);
+    lab::need_room(effort)?;
+    let rows = measure(effort)?;
     let took = start.elapsed();
+    let failed = failures(&rows);
 
-    let directory = output(effort);
+    let directory = output(!effort.quick && failed.is_empty());
     std::fs::create_dir_all(&directory)?;
     plot::draw(&rows, &directory.join("performance.svg"))?;
     let page = report::page(&rows, effort, took);
@@ -86,17 +93,66 @@ fn measure(effort: &Effort) -> Result<(), Box<dyn std::error::Error>> {
         directory.display(),
         took.as_secs()
     );
-    Ok(())
+    if !effort.quick && !failed.is_empty() {
+        println!("Not to docs/performance, because this filter failed: see below.");
+    }
+    Ok(failed)
 }
 
-/// Where the results go: those of a quick run must not replace the real ones.
-fn output(effort: &Effort) -> PathBuf {
-    if effort.quick {
+/// One part of the rows.
+type Part = fn(&Effort) -> Result<Vec<Row>, String>;
+
+/// One after the other: each gives back its files before the next makes its own.
+const PARTS: [(&str, Part); 6] = [
+    ("rates on tmpfs", workloads::on_memory),
+    ("rates on disk", workloads::on_disk),
+    ("the overlay that is kept", kept::all),
+    ("whole disks", disks::all),
+    ("maps", maps::all),
+    ("instructions and memory", instructions::all),
+];
+
+fn measure(effort: &Effort) -> Result<Vec<Row>, String> {
+    let mut rows = Vec::new();
+    for (name, part) in PARTS {
+        let start = Instant::now();
+        rows.extend(part(effort)?);
+        eprintln!("--- {name}: {:.1} s", start.elapsed().as_secs_f64());
+    }
+    Ok(rows)
+}
+
+/// Where this filter has no figure, or not one in each round.
+fn failures(rows: &[Row]) -> Vec<Failed> {
+    let mut failed = Vec::new();
+    for row in rows.iter().filter(|row| !beyond_the_machine(row)) {
+        let before = failed.len();
+        for system in [System::Ours, System::Kept] {
+            let reasons = row.failures.get(&system).into_iter().flatten();
+            failed.extend(reasons.map(|reason| (row.title.clone(), system, reason.clone())));
+        }
+        if failed.len() == before && row.shown(row.subject()).is_none() {
+            let reason = "nothing to compare with".into();
+            failed.push((row.title.clone(), row.subject(), reason));
+        }
+    }
+    failed
+}
+
+/// Many machines don't let perf count, and then it does so for nobody.
+fn beyond_the_machine(row: &Row) -> bool {
+    row.id.starts_with("system-") && row.figures.is_empty()
+}
+
+/// Where the results go: those of a quick run, or of one that failed, must not
+/// replace the real ones.
+fn output(to_keep: bool) -> PathBuf {
+    if to_keep {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/performance")
+    } else {
         // The executable is in target/release/deps.
         let executable = std::env::current_exe().expect("the path of this executable");
         let target = executable.ancestors().nth(3).expect("a target directory");
         target.join("bench")
-    } else {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/performance")
     }
 }

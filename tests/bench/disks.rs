@@ -50,7 +50,7 @@ pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
         cell.rounds = effort.rounds;
     }
     let mut rows = runner::run(cells);
-    rows.extend(left_behind(&whole, place)?);
+    rows.extend(left_behind(&whole, place));
     Ok(rows)
 }
 
@@ -162,27 +162,58 @@ fn is_too_slow(error: &std::io::Error) -> bool {
     matches!(error.kind(), TimedOut | WouldBlock)
 }
 
-/// What a disk that was wholly zeroed and trimmed takes.
-fn left_behind(disk: &Path, place: &Path) -> Result<Vec<Row>, String> {
-    let (mut memory, mut space) = (0.0f64, 0.0f64);
-    for kind in [Discard::Zero, Discard::Trim] {
-        let mut server = Setup::disk(disk).start(System::Ours, place)?;
-        let before = server.memory()?;
-        if discard_all(&mut server, kind, Duration::from_secs(20)).is_err() {
-            return Ok(Vec::new());
-        }
-        let grown = server.memory()?.saturating_sub(before) as f64;
-        memory = memory.max(grown / MIB / 16.0);
-        space = space.max(server.overlay_bytes() as f64 / MIB);
-    }
-    let title = "memory for a disk wholly zeroed or trimmed in 2G requests, per TiB";
-    Ok(vec![
-        Row::single("memory-whole", title, "MiB", &[(System::Ours, memory)]),
+/// What a disk that was wholly zeroed or trimmed takes.
+fn left_behind(disk: &Path, place: &Path) -> [Row; 2] {
+    let mut rows = [
+        Row::single(
+            "memory-whole",
+            "memory for a disk wholly zeroed or trimmed in 2G requests, per TiB",
+            "MiB",
+            &[],
+        ),
         Row::single(
             "space-whole",
             "space that the overlay takes after zero or trim of 16T",
             "MiB",
-            &[(System::Ours, space)],
+            &[],
         ),
-    ])
+    ];
+    let mut taken = [0.0f64; 2];
+    for kind in [Discard::Zero, Discard::Trim] {
+        match takes_after(kind, disk, place) {
+            Ok(now) => taken = [0, 1].map(|index| taken[index].max(now[index])),
+            Err(Failure::ThisTime(why) | Failure::Always(why) | Failure::NotAsked(why)) => {
+                for row in &mut rows {
+                    row.failed(System::Ours, why.clone());
+                }
+            }
+        }
+    }
+    for (row, taken) in rows.iter_mut().zip(taken) {
+        if row.failures.is_empty() {
+            row.figures.insert(System::Ours, vec![Some(taken)]);
+        }
+    }
+    rows
+}
+
+/// (memory per TiB, space), in MiB.
+fn takes_after(kind: Discard, disk: &Path, place: &Path) -> Result<[f64; 2], Failure> {
+    let mut server = Setup::disk(disk).start(System::Ours, place)?;
+    let before = server.memory()?;
+    // So that there is something to give back, and to see that it would be seen.
+    let data = [0x5a; 64 << 10];
+    let write = Request::Write {
+        offset: 0,
+        data: &data,
+    };
+    let written = server.client()?.all([write], 1);
+    written.map_err(|error| server.explain(error.to_string()))?;
+    if server.overlay_bytes()? < data.len() as u64 {
+        return Err("what was written to the overlay is not seen in it".into());
+    }
+    discard_all(&mut server, kind, Duration::from_secs(20))?;
+    let memory = server.memory()?.saturating_sub(before);
+    let space = server.overlay_bytes()?;
+    Ok([memory as f64 / MIB / 16.0, space as f64 / MIB])
 }

@@ -346,22 +346,22 @@ impl Server {
     }
 
     /// What the files take that the server has open for its overlays, in bytes.
-    pub fn overlay_bytes(&self) -> u64 {
-        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
-        let place = self.own.path();
-        descriptors
-            .into_iter()
-            .flatten()
-            .flatten()
-            .filter(|entry| {
-                let target = fs::read_link(entry.path()).unwrap_or_default();
-                target.starts_with(place)
-                    && !target.ends_with("stderr")
-                    && !target.ends_with("stdout")
-            })
-            .filter_map(|entry| fs::metadata(entry.path()).ok())
-            .map(|about| about.blocks() * 512)
-            .sum()
+    pub fn overlay_bytes(&self) -> Result<u64, String> {
+        let unseen = |error: std::io::Error| format!("its open files can't be seen: {error}");
+        let mut bytes = 0;
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_err(unseen)? {
+            let descriptor = entry.map_err(unseen)?.path();
+            let target = match fs::read_link(&descriptor) {
+                // A connection that was closed just now.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                target => target.map_err(unseen)?,
+            };
+            let log = target.ends_with("stderr") || target.ends_with("stdout");
+            if target.starts_with(self.own.path()) && !log {
+                bytes += fs::metadata(&descriptor).map_err(unseen)?.blocks() * 512;
+            }
+        }
+        Ok(bytes)
     }
 
     /// Ends the process as its user would, so that a tool which runs it can report,
