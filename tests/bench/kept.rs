@@ -16,7 +16,7 @@ use nbdkit_cow_filter::qcow2::layout::Layout;
 use super::command::{self, command};
 use super::driver::Nothing;
 use super::fio::Job;
-use super::lab::{DISK, Lab, MEMORY, load, scratch};
+use super::lab::{DISK, Lab, MEMORY, scratch};
 use super::nbd::Request;
 use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
 use super::systems::{Server, Setup, System, sparse};
@@ -42,10 +42,6 @@ pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
 /// 4K random writes with a flush after every so many.
 fn flushes(place: &str, effort: &Effort) -> Result<Vec<Row>, String> {
     let lab = Lab::new(place, effort)?;
-    let (on, where_it_is) = match place {
-        DISK => ("disk-", ", on disk"),
-        _ => ("", ""),
-    };
     let lab = &lab;
     let cells = [(0, "never"), (32, "32"), (1, "1")].map(|(flush_every, name)| {
         let job = Job {
@@ -57,12 +53,9 @@ fn flushes(place: &str, effort: &Effort) -> Result<Vec<Row>, String> {
             1 => "a flush after every one".into(),
             many => format!("a flush after every {many}"),
         };
-        let title = format!("4K random write, 16 in flight, {how_often}{where_it_is}");
-        let id = format!("{on}kept-{name}");
-        let mut cell = lab.cell_with(&id, &title, Kind::Rate, move |system| {
-            let mut server = lab.setup(&job).start(system, lab.place())?;
-            load(&job, &mut server)
-        });
+        let title = format!("4K random write, 16 in flight, {how_often}");
+        let mut cell = lab.cell(&format!("kept-{name}"), &title, job);
+        cell.rounds = effort.rounds;
         cell.systems = vec![System::Kept, System::NoFilter, System::QemuKept];
         if flush_every == 0 {
             // With flushes there is nothing to compare with: it keeps nothing.

@@ -67,12 +67,14 @@ pub fn need_room(effort: &Effort) -> Result<(), String> {
 
 /// A directory with a disk full of random bytes in it.
 pub struct Lab {
+    on_disk: bool,
     scratch: TempDir,
     pub disk: PathBuf,
     /// In bytes.
     pub size: u64,
     time: Duration,
     rounds: usize,
+    more_time: Duration,
     more_rounds: usize,
 }
 
@@ -82,11 +84,13 @@ impl Lab {
         let disk = scratch.path().join("disk.img");
         random_file(&disk, effort.disk).map_err(|error| format!("the disk in {place}: {error}"))?;
         Ok(Lab {
+            on_disk: place == DISK,
             scratch,
             disk,
             size: effort.disk,
             time: effort.time,
             rounds: effort.rounds,
+            more_time: effort.more_time,
             more_rounds: effort.more_rounds,
         })
     }
@@ -120,12 +124,37 @@ impl Lab {
         }
     }
 
+    /// What a row is called, by the place of its files.
+    fn named(&self, id: &str, title: &str) -> (String, String) {
+        if self.on_disk {
+            (format!("disk-{id}"), format!("{title}, on disk"))
+        } else {
+            (id.into(), title.into())
+        }
+    }
+
     pub fn cell(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
         let setup = self.setup(&job);
-        self.cell_with(id, title, Kind::Rate, move |system| {
+        self.load(id, title, Kind::Rate, setup, job)
+    }
+
+    /// The rate of `job` on what `setup` starts.
+    pub fn load(&self, id: &str, title: &str, kind: Kind, setup: Setup, job: Job) -> Cell<'_> {
+        let job = self.timed(id, job);
+        self.cell_with(id, title, kind, move |system| {
             let mut server = setup.start(system, self.place())?;
             load(&job, &mut server)
         })
+    }
+
+    /// The job with as much time as is due to the row.
+    pub fn timed(&self, id: &str, job: Job) -> Job {
+        let time = if goals(&self.named(id, "").0).is_empty() {
+            self.time
+        } else {
+            self.more_time
+        };
+        Job { time, ..job }
     }
 
     pub fn cell_with<'a>(
@@ -135,15 +164,16 @@ impl Lab {
         kind: Kind,
         measure: impl FnMut(System) -> Measured + 'a,
     ) -> Cell<'a> {
+        let (id, title) = self.named(id, title);
         Cell {
-            id: id.into(),
-            title: title.into(),
-            kind,
-            rounds: if goals(id).is_empty() {
+            rounds: if goals(&id).is_empty() {
                 self.rounds
             } else {
                 self.more_rounds
             },
+            id,
+            title,
+            kind,
             systems: System::ALL.to_vec(),
             measure: Box::new(measure),
         }
@@ -154,10 +184,7 @@ impl Lab {
     pub fn slow(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
         let limit = f64::from(job.depth) / DELAY.as_secs_f64();
         let setup = self.setup(&job).slow();
-        let mut cell = self.cell_with(id, title, Kind::OfLimit(limit), move |system| {
-            let mut server = setup.start(system, self.place())?;
-            load(&job, &mut server)
-        });
+        let mut cell = self.load(id, title, Kind::OfLimit(limit), setup, job);
         if !job.reads_only() {
             // Without a filter a write reads nothing, so the delay is not in it.
             cell.systems.retain(|system| *system != System::NoFilter);

@@ -14,10 +14,11 @@ use super::systems::System;
 pub struct Effort {
     pub quick: bool,
     pub rounds: usize,
-    /// For the rows that have something to reach and cost little.
-    pub more_rounds: usize,
     /// Of one run of fio.
     pub time: Duration,
+    /// The same for the rates that have something to reach.
+    pub more_rounds: usize,
+    pub more_time: Duration,
     /// Bytes of the disk that the throughput rows use.
     pub disk: u64,
 }
@@ -26,15 +27,17 @@ impl Effort {
     pub const FULL: Effort = Effort {
         quick: false,
         rounds: 5,
+        time: Duration::from_millis(150),
         more_rounds: 7,
-        time: Duration::from_millis(250),
+        more_time: Duration::from_millis(250),
         disk: 1 << 30,
     };
     pub const QUICK: Effort = Effort {
         quick: true,
         rounds: 1,
+        time: Duration::from_millis(60),
         more_rounds: 2,
-        time: Duration::from_millis(100),
+        more_time: Duration::from_millis(100),
         disk: 256 << 20,
     };
 }

@@ -13,7 +13,7 @@ use super::fio::Job;
 use super::lab::{DISK, Lab, MEMORY, load};
 use super::nbd::Request;
 use super::runner::{self, Cell, Effort, Kind, Row};
-use super::systems::{Setup, System};
+use super::systems::Setup;
 
 impl Lab {
     /// Reads of what the same client has written before.
@@ -21,7 +21,7 @@ impl Lab {
         let size = self.size / 4;
         let job = Job {
             size,
-            ..self.job("randread", 4096, 16)
+            ..self.timed("reread-16", self.job("randread", 4096, 16))
         };
         let setup = Setup::disk(&self.disk).written();
         let data = vec![0x5a; 1 << 20];
@@ -100,33 +100,18 @@ fn shapes<'a>(lab: &'a Lab, depth: Option<u32>, ids: &[&str]) -> Vec<Cell<'a>> {
         .collect()
 }
 
-/// Without qemu-nbd: how far behind it is, the rows with more in flight say, and
-/// the time is better spent on others.
-fn one_in_flight(lab: &Lab) -> Vec<Cell<'_>> {
-    let mut cells = shapes(lab, Some(1), &[]);
-    for cell in &mut cells {
-        cell.systems.retain(|system| *system != System::Qemu);
-    }
-    cells
-}
-
+/// As much in flight as over one connection, in all.
 fn four_connections(lab: &Lab) -> Vec<Cell<'_>> {
-    let over_four = |pattern| Job {
-        connections: 4,
-        ..lab.job(pattern, 4096, 4)
+    let cell = |&(id, title, pattern, block, deep): &Shape| {
+        let depth = deep / 4;
+        let title = format!("{title}, 4 connections with {depth} in flight each");
+        let job = Job {
+            connections: 4,
+            ..lab.job(pattern, block, depth)
+        };
+        lab.cell(&format!("{id}-4x{depth}"), &title, job)
     };
-    vec![
-        lab.cell(
-            "read-4k-4x4",
-            "4K random read, 4 connections with 4 in flight each",
-            over_four("randread"),
-        ),
-        lab.cell(
-            "write-4k-4x4",
-            "4K random write, 4 connections with 4 in flight each",
-            over_four("randwrite"),
-        ),
-    ]
+    DEEP.iter().map(cell).collect()
 }
 
 /// Client and server on one core: where the scheduler puts its threads is not in
@@ -172,10 +157,7 @@ fn whole_blocks_over_a_slow_base(lab: &Lab) -> Vec<Cell<'_>> {
         let job = lab.job(pattern, 4096, 16);
         let setup = lab.setup(&job).slow();
         let title = format!("{what} over a 5 ms base, 16 in flight");
-        lab.cell_with(id, &title, Kind::Rate, move |system| {
-            let mut server = setup.start(system, lab.place())?;
-            load(&job, &mut server)
-        })
+        lab.load(id, &title, Kind::Rate, setup, job)
     })
     .into()
 }
@@ -189,7 +171,7 @@ pub fn on_memory(effort: &Effort) -> Result<Vec<Row>, String> {
         cells = shapes(&lab, None, &ids);
     } else {
         cells = shapes(&lab, None, &[]);
-        cells.extend(one_in_flight(&lab));
+        cells.extend(shapes(&lab, Some(1), &[]));
         cells.extend(four_connections(&lab));
         cells.extend(whole_blocks_over_a_slow_base(&lab));
         cells.push(lab.read_again());
@@ -209,11 +191,5 @@ pub fn on_disk(effort: &Effort) -> Result<Vec<Row>, String> {
     } else {
         &["read-4k", "write-4k", "write-1m"]
     };
-    let mut cells = shapes(&lab, None, ids);
-    for cell in &mut cells {
-        cell.rounds = effort.rounds;
-        cell.id.insert_str(0, "disk-");
-        cell.title.push_str(", on disk");
-    }
-    Ok(runner::run(cells))
+    Ok(runner::run(shapes(&lab, None, ids)))
 }
