@@ -19,7 +19,7 @@ const BOTTOM: i32 = 46;
 const LEFT: i32 = 430;
 const WIDTH: i32 = 1000;
 const RIGHT: i32 = 40;
-/// What is further right is drawn at the edge.
+/// What is further right is an arrow at the edge.
 const MOST: f64 = 1.4;
 
 fn colour(system: System) -> RGBColor {
@@ -72,7 +72,7 @@ pub fn draw(rows: &[Row], path: &Path) -> Result<(), Failed> {
 }
 
 fn legend(area: &Area<'_>) -> Result<(), Failed> {
-    let title = "Speed, 1 = no filter (5 ms base: 1 = what the delay allows)";
+    let title = "Requests a second, 1 = no filter (rows with *: 1 = what the 5 ms delay allows)";
     area.draw_text(title, &text(22, HPos::Left), (16, 22))?;
     let mut at = 16;
     for system in drawn() {
@@ -96,11 +96,15 @@ fn axis(area: &Area<'_>, height: i32) -> Result<(), Failed> {
         let label = format!("{ratio:.1}");
         area.draw_text(&label, &text(17, HPos::Center), (x(ratio), end + 18))?;
     }
+    let cut = format!("Cut at {MOST}: an arrow stands for more.");
+    area.draw_text(&cut, &text(15, HPos::Left), (16, end + 18))?;
     Ok(())
 }
 
 fn line(area: &Area<'_>, row: &Row, y: i32) -> Result<(), Failed> {
-    area.draw_text(&row.title, &text(16, HPos::Right), (LEFT - 12, y))?;
+    let limited = matches!(row.kind, Kind::OfLimit(_));
+    let title = format!("{}{}", row.title, if limited { " *" } else { "" });
+    area.draw_text(&title, &text(16, HPos::Right), (LEFT - 12, y))?;
     let shown = drawn().filter_map(|system| Some((system, row.shown(system)?)));
     // What the row is about comes last: what matters most is on top.
     let mut shown: Vec<_> = shown.collect();
@@ -112,7 +116,17 @@ fn line(area: &Area<'_>, row: &Row, y: i32) -> Result<(), Failed> {
         let ends = [(x(spread.least), y), (x(spread.most), y)];
         area.draw(&PathElement::new(ends, colour.stroke_width(2)))?;
         let radius = if system == row.subject() { 6 } else { 4 };
-        area.draw(&Circle::new((x(spread.median), y), radius, colour.filled()))?;
+        if spread.median > MOST {
+            area.draw(&arrow((x(MOST), y), radius + 2, colour))?;
+        } else {
+            area.draw(&Circle::new((x(spread.median), y), radius, colour.filled()))?;
+        }
     }
     Ok(())
+}
+
+/// A triangle that points to the right.
+fn arrow((x, y): (i32, i32), size: i32, colour: RGBColor) -> Polygon<(i32, i32)> {
+    let corners = [(x - size, y - size), (x - size, y + size), (x + size, y)];
+    Polygon::new(corners, colour.filled())
 }
