@@ -245,8 +245,11 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        // NBD_CMD_DISC: nbdkit logs a connection that just goes away.
-        let _ = self.stream.write_all(&header(2, 0, 0));
+        // NBD_CMD_DISC: nbdkit logs a connection that just goes away. And it logs a
+        // request where it expects an option, as from a client that it has refused.
+        if self.flags != 0 {
+            let _ = self.stream.write_all(&header(2, 0, 0));
+        }
     }
 }
 
