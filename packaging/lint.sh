@@ -29,12 +29,30 @@ syntax() {
     return "$status"
 }
 
+# The figures in README.md are those that make bench wrote, not typed ones.
+figures() {
+    local page=docs/performance/README.md line count=0 status=0
+    while IFS= read -r line; do
+        count=$((count + 1))
+        if ! grep -qxF -e "$line" "$page"; then
+            printf 'README.md: not a line of %s: %s\n' "$page" "$line" >&2
+            status=1
+        fi
+    done < <(sed -n '/^## How fast$/,/^## /p' README.md | grep '^|')
+    if [ "$count" -eq 0 ]; then
+        echo 'README.md: there is no table under "How fast".' >&2
+        status=1
+    fi
+    return "$status"
+}
+
 section 'cargo fmt' cargo fmt --check
 section 'cargo fmt, fuzz target' cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 section 'cargo clippy' cargo clippy --all-targets -- -D warnings
 section 'cargo clippy, fuzz target' packaging/fuzz.sh clippy
 section 'cargo doc' documentation
 section 'manual page' manual_page
+section 'figures in README.md' figures
 section 'shell syntax' syntax
 section 'shellcheck' shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
 
