@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::lab::scratch_in_memory;
 use super::nbd::Request;
-use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
+use super::runner::{self, Cell, Effort, Failure, Kind, Measured, ONCE, Row, Spread};
 use super::systems::{Server, Setup, System, sparse};
 
 const MIB: f64 = (1 << 20) as f64;
@@ -94,7 +94,8 @@ fn start_up_and_memory<'a>(name: &str, disk: &Path, place: &'a Path) -> [Cell<'a
     let title = format!("memory with one client, untouched {name} disk");
     let memory = amount(format!("memory-{name}"), title, "MiB", move |system| {
         let server = started.borrow_mut().remove(&system);
-        let server = server.ok_or("was not started")?.map_err(Failure::Always)?;
+        let once = || Failure::NotAsked(ONCE.into());
+        let server = server.ok_or_else(once)?.map_err(Failure::Always)?;
         let mut client = server.client()?;
         // A request, so that the connection is as far as it goes.
         let request = Request::Read {

@@ -4,11 +4,18 @@
 //! one after the other, so that both sides of a ratio were measured within a
 //! second or two. Which comes first moves on by one each round, and every second
 //! round goes the other way round, so that nobody always comes after the same one.
+//! Where a competitor takes seconds, noise is no matter, and once will do.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::systems::System;
+
+/// A competitor whose figure takes longer is not asked for another.
+const LONG: Duration = Duration::from_millis(1500);
+
+/// Why it has a figure from one round only.
+pub const ONCE: &str = "measured in the first round only, because it takes so long";
 
 /// How much is measured.
 pub struct Effort {
@@ -227,8 +234,15 @@ pub fn run(mut cells: Vec<Cell<'_>>) -> Vec<Row> {
             for system in order(&cell.systems, round) {
                 let mut figure = None;
                 if !given_up.contains(&(index, system)) {
+                    let start = Instant::now();
                     match (cell.measure)(system) {
-                        Ok(number) => figure = Some(number),
+                        Ok(number) => {
+                            figure = Some(number);
+                            if rows[index].once_will_do(system) && start.elapsed() > LONG {
+                                given_up.insert((index, system));
+                                rows[index].note(system, ONCE);
+                            }
+                        }
                         Err(Failure::ThisTime(reason)) => rows[index].failed(system, reason),
                         Err(Failure::Always(reason)) => {
                             given_up.insert((index, system));
@@ -265,10 +279,16 @@ impl Row {
             id: cell.id.clone(),
             title: cell.title.clone(),
             kind: cell.kind,
-            figures: BTreeMap::new(),
+            figures: cell.systems.iter().map(|s| (*s, Vec::new())).collect(),
             failures: BTreeMap::new(),
             notes: BTreeMap::new(),
         }
+    }
+
+    /// Rates take as long as they are given, so there it would say nothing.
+    fn once_will_do(&self, system: System) -> bool {
+        let rate = matches!(self.kind, Kind::Rate | Kind::OfLimit(_));
+        !rate && system != self.subject() && system != System::NoFilter
     }
 
     pub fn failed(&mut self, system: System, reason: String) {
