@@ -61,6 +61,9 @@ pub struct Client {
     flags: u16,
     deadline: Option<Instant>,
     payload: Vec<u8>,
+    /// Requests that go out together, before the next wait for a reply: millions
+    /// of small ones are made here, and each would be a system call or two.
+    outgoing: Vec<u8>,
 }
 
 fn unexpected(what: impl std::fmt::Display) -> io::Error {
@@ -80,6 +83,7 @@ impl Client {
             flags: 0,
             deadline: None,
             payload: Vec::new(),
+            outgoing: Vec::new(),
         };
         client.negotiate()?;
         Ok(client)
@@ -157,7 +161,7 @@ impl Client {
                 self.reply(None)?;
                 in_flight -= 1;
             }
-            self.send(request)?;
+            self.send(request);
             in_flight += 1;
         }
         for _ in 0..in_flight {
@@ -166,15 +170,21 @@ impl Client {
         Ok(())
     }
 
-    fn send(&mut self, request: Request<'_>) -> io::Result<()> {
+    fn send(&mut self, request: Request<'_>) {
         let (command, offset, length, data) = match request {
             Request::Read { offset, length } => (CMD_READ, offset, length, &[][..]),
             Request::Write { offset, data } => (CMD_WRITE, offset, data.len() as u32, data),
             Request::Trim { offset, length } => (CMD_TRIM, offset, length, &[][..]),
             Request::Zero { offset, length } => (CMD_WRITE_ZEROES, offset, length, &[][..]),
         };
-        self.stream.write_all(&header(command, offset, length))?;
-        self.stream.write_all(data)
+        self.outgoing.extend(header(command, offset, length));
+        self.outgoing.extend(data);
+    }
+
+    fn send_outgoing(&mut self) -> io::Result<()> {
+        let sent = self.stream.write_all(&self.outgoing);
+        self.outgoing.clear();
+        sent
     }
 
     /// How many extents the whole disk has, equal neighbours merged.
@@ -185,8 +195,8 @@ impl Client {
         let mut extents = Vec::new();
         while offset < self.size {
             let length = MOST.min(self.size - offset) as u32;
-            self.stream
-                .write_all(&header(CMD_BLOCK_STATUS, offset, length))?;
+            self.outgoing
+                .extend(header(CMD_BLOCK_STATUS, offset, length));
             extents.clear();
             self.reply(Some(&mut extents))?;
             if extents.is_empty() {
@@ -208,6 +218,9 @@ impl Client {
             .is_some_and(|deadline| Instant::now() > deadline)
         {
             return Err(io::ErrorKind::TimedOut.into());
+        }
+        if self.reader.buffer().is_empty() {
+            self.send_outgoing()?;
         }
         loop {
             let mut head = [0; 16];
