@@ -67,7 +67,7 @@ and every second round takes them the other way round.
   Elsewhere the scheduler decides how well the two run side by side, and the spread is wider.
 - Where a row says so it is a part of the limit instead: requests in flight by the 5 ms that a read of the disk takes.
 - qemu-nbd asks the file system for holes before it reads the disk. To find that a large file has none takes tmpfs
-  long, and is a good part of what qemu-nbd's reads cost here. Over the 5 ms base it is spared that (nbdkit's
+  long, which is in the figures of its reads here. Over the 5 ms base it is spared that (nbdkit's
   `noextents` filter is below it), because it would hide the delay.
 - *cow-overlay*: this filter with its overlay kept in a qcow2 image; *qemu-nbd, qcow2*: qemu-nbd on a qcow2 image with
   the same disk as its backing file, made with `extended_l2=on` and 128K clusters. No filter flushes as often, to its
