@@ -16,8 +16,8 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 const LINE: i32 = 34;
 const TOP: i32 = 78;
 const BOTTOM: i32 = 46;
-const LEFT: i32 = 430;
-const WIDTH: i32 = 1000;
+const LEFT: i32 = 540;
+const WIDTH: i32 = 1110;
 const RIGHT: i32 = 40;
 /// What is further right is an arrow at the edge.
 const MOST: f64 = 1.4;
