@@ -36,7 +36,7 @@ fn the_example_of_a_kept_overlay_does_what_it_says() {
         format!("cow-overlay={}", files.path().join("diff.qcow2").display()),
     );
     for (round, byte) in [b'0', b'1'].into_iter().enumerate() {
-        let start = (round * 2 << 20) + 77;
+        let start = ((round * 2) << 20) + 77;
         expected[start..start + 100_000].fill(byte);
         let server = Server::start(&["file", &file, &kept]);
         server.nbdsh(&format!("h.pwrite(b'{round}' * 100_000, {start})"));
