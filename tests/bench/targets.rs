@@ -25,6 +25,8 @@ pub fn goals(id: &str) -> &'static [Goal] {
             Times(System::CDefault, 3.5),
             Times(System::C4K, 1.0),
         ],
+        "read-4k-one-core" | "read-1m-one-core" => &[AtLeast(0.97)],
+        "write-4k-one-core" => &[AtLeast(0.95), Times(System::C4K, 1.0)],
         "write-1m-4" => &[AtLeast(0.95)],
         "slow-write-512" => &[AtLeast(0.85)],
         "map-1T" => &[AtMost(1.3)],
