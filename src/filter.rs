@@ -6,7 +6,8 @@
 //! dropped.
 
 use std::ffi::{CStr, CString};
-use std::sync::Arc;
+use std::process;
+use std::sync::{Arc, OnceLock};
 
 use nix::unistd::{Uid, geteuid};
 
@@ -34,6 +35,9 @@ pub struct Filter {
     config: Config,
     overlays: Overlays,
     user: Uid,
+    process: u32,
+    /// Why nobody is served.
+    unfit: OnceLock<String>,
 }
 
 /// Where what is written goes.
@@ -65,6 +69,8 @@ impl Filter {
             overlays,
             config,
             user: geteuid(),
+            process: process::id(),
+            unfit: OnceLock::new(),
         })
     }
 
@@ -112,7 +118,7 @@ impl Filter {
             return Ok(());
         };
         match size() {
-            Ok(size) => kept.prepare(size),
+            Ok(size) => kept.prepare(size).or_else(|e| self.refuse_all(e)),
             Err(e) => {
                 // A plugin may have no default export: the first client will see.
                 log::debug!("the size of the disk is not known before a client connects: {e}");
@@ -121,9 +127,23 @@ impl Filter {
         }
     }
 
+    /// Where nbdkit has forked, whoever started it would not see it end: the command of
+    /// `--run` waits for ever to be served by nobody. So it goes on, and says no.
+    fn refuse_all(&self, why: Error) -> Result<()> {
+        if process::id() == self.process {
+            return Err(why);
+        }
+        log::error!("{why}");
+        self.unfit.get_or_init(|| why.to_string());
+        Ok(())
+    }
+
     /// A connection to `export`, whose base has `size` bytes.
     /// EINVAL if its overlay was made for another size.
     pub fn connect(&self, export: &CStr, size: u64) -> Result<Connection<'_>> {
+        if let Some(why) = self.unfit.get() {
+            return Err(Error::new(libc::EINVAL, why.clone()));
+        }
         let overlay = match &self.overlays {
             Overlays::Temporary {
                 block_size,
@@ -233,8 +253,9 @@ impl Connection<'_> {
 
 impl Drop for Connection<'_> {
     fn drop(&mut self) {
-        if let Overlays::Temporary { scope, .. } = &self.filter.overlays {
-            scope.leave(&self.export, &self.overlay);
+        match &self.filter.overlays {
+            Overlays::Temporary { scope, .. } => scope.leave(&self.export, &self.overlay),
+            Overlays::Kept(kept) => kept.leave(),
         }
     }
 }

@@ -75,6 +75,11 @@ pub fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<bool> {
     change_space(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
 }
 
+/// Takes space for a hole, which stays zeroes. `false` as for [`punch`].
+pub fn reserve(file: &File, offset: u64, len: u64) -> io::Result<bool> {
+    change_space(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len)
+}
+
 fn change_space(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
     let (offset, len) = (file_offset(offset)?, file_offset(len)?);
     loop {

@@ -42,6 +42,12 @@ pub trait Store: Send + Sync {
     /// Whether [`Store::zero_range`] works here.
     fn can_zero_range(&self) -> bool;
 
+    /// To be called before bytes of `blocks` are written that are to be *data*: takes
+    /// the space that keeping note of them needs, if it needs any.
+    fn reserve(&self, _blocks: &Range<BlockNum>) -> Result<()> {
+        Ok(())
+    }
+
     /// Has `change` change the states of `blocks` in the block map, as a whole or in
     /// parts, one after the other. It tells whether there was anything to change.
     ///
@@ -100,6 +106,11 @@ impl Store for Files {
 
     fn can_zero_range(&self) -> bool {
         either!(self, store => store.can_zero_range())
+    }
+
+    #[inline(always)]
+    fn reserve(&self, blocks: &Range<BlockNum>) -> Result<()> {
+        either!(self, store => store.reserve(blocks))
     }
 
     #[inline(always)]

@@ -121,8 +121,7 @@ impl<S: Store> Overlay<S> {
         }
         if matches!(new, New::Zeroes { may_trim: false }) {
             // The client wants the space: a block that is all zeroes is stored too.
-            self.change(|store| store.write(&block_bytes, whole.start))?;
-            return self.publish(&blocks, BlockMap::set_data);
+            return self.store_run(&blocks, &block_bytes, whole.start);
         }
         self.store_blocks(&blocks, &block_bytes)
     }
@@ -169,6 +168,7 @@ impl<S: Store> Overlay<S> {
 
     /// Stores all the `bytes` of `blocks`, the first of which is at `offset`.
     fn store_run(&self, blocks: &Range<BlockNum>, bytes: &[u8], offset: u64) -> Result<()> {
+        self.store.reserve(blocks)?;
         self.change(|store| store.write(bytes, offset))?;
         self.publish(blocks, BlockMap::set_data)
     }

@@ -152,6 +152,7 @@ impl<S: Store> Overlay<S> {
     fn zero_and_keep(&self, blocks: Range<BlockNum>) -> Result<()> {
         let _held = self.stripes.shared(&blocks);
         let bytes = self.bytes_of(&blocks);
+        self.store.reserve(&blocks)?;
         if !self.change(|store| store.zero_range(bytes))? {
             self.write_zeroes(bytes)?;
         }

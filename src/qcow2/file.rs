@@ -26,6 +26,12 @@ pub trait ImageFile: Send + Sync {
     /// returns. An error may be that of a sync.
     fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()>;
 
+    /// Takes space for bytes that will be written later; they stay what they are.
+    /// Success where that can't be done.
+    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Makes a hole. `false`: can't be done here, and nothing has changed.
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool>;
 
@@ -43,7 +49,12 @@ impl ImageFile for File {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.read_exact_at(buf, offset)
+        self.read_exact_at(buf, offset).map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                io::Error::new(e.kind(), "the file has become shorter than it was")
+            }
+            _ => e,
+        })
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -56,6 +67,10 @@ impl ImageFile for File {
 
     fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         sparse::write_synced(self, buf, offset)
+    }
+
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        sparse::reserve(self, offset, len).map(drop)
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {

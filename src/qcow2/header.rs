@@ -35,9 +35,13 @@ const EXTERNAL_DATA_NAME: u32 = 0x4441_5441;
 /// | 8 | 8 | the base's modification time, seconds; signed |
 /// | 16 | 4 | its nanoseconds |
 /// | 20 | 4 | 1 if the time is known, else 0 |
-/// | 24 | 8 | 0 |
+/// | 24 | 8 | which export it keeps: [`hash_of_export`] of its name, 0 while nothing was written |
 const OURS: u32 = 0x6e62_636f;
 const OURS_LEN: usize = 32;
+/// In the data of ours.
+const EXPORT: usize = 24;
+/// Where that lies in the header of a new image.
+const NEW_EXPORT_AT: u64 = HEADER_LEN as u64 + 16 + 8 + EXPORT as u64;
 
 const FORMAT_OF_BASE: &[u8] = b"raw";
 
@@ -56,6 +60,18 @@ pub struct Header {
     pub backing: Vec<u8>,
     /// That of the base when the image was made, where it has one.
     pub mtime: Option<Mtime>,
+    /// The hash of the export's name; 0 if it is not known yet.
+    pub export: u64,
+    /// Where that lies in the file: eight bytes within a sector, which can be changed
+    /// without touching anything else.
+    pub export_at: u64,
+}
+
+/// FNV-1a, 64 bits, which is the same for ever, as what is in a file has to be.
+pub fn hash_of_export(name: &[u8]) -> u64 {
+    name.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
 }
 
 fn refused(what: impl std::fmt::Display) -> Error {
@@ -63,6 +79,17 @@ fn refused(what: impl std::fmt::Display) -> Error {
 }
 
 impl Header {
+    /// That of an image in which nothing was written yet.
+    pub fn new(layout: Layout, backing: Vec<u8>, mtime: Option<Mtime>) -> Self {
+        Header {
+            layout,
+            backing,
+            mtime,
+            export: 0,
+            export_at: NEW_EXPORT_AT,
+        }
+    }
+
     /// All bytes up to the end of the backing file name.
     pub fn to_bytes(&self) -> Vec<u8> {
         let layout = self.layout;
@@ -108,6 +135,7 @@ impl Header {
             bytes[16..20].copy_from_slice(&mtime.nanoseconds.to_be_bytes());
             bytes[20..24].copy_from_slice(&1u32.to_be_bytes());
         }
+        bytes[EXPORT..].copy_from_slice(&self.export.to_be_bytes());
         bytes
     }
 
@@ -169,7 +197,8 @@ impl Header {
                      ({name_len} bytes at {name_at:#x}; bytes 8 and 16 of the header)"
                 ))
             })?;
-        let (disk_size, mtime) = extensions(&bytes[..name_at as usize])?;
+        let (ours, ours_at) = extensions(&bytes[..name_at as usize])?;
+        let disk_size = be_u64(ours, 0);
 
         let size = be_u64(bytes, 24);
         // The sum can't overflow: a multiple of a power of two that is no larger.
@@ -197,7 +226,12 @@ impl Header {
         Ok(Header {
             layout,
             backing: backing.to_vec(),
-            mtime,
+            mtime: (be_u32(ours, 20) != 0).then(|| Mtime {
+                seconds: be_u64(ours, 8) as i64,
+                nanoseconds: be_u32(ours, 16),
+            }),
+            export: be_u64(ours, EXPORT),
+            export_at: (ours_at + EXPORT) as u64,
         })
     }
 }
@@ -251,9 +285,9 @@ fn check_features(bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The disk's exact size and the base's modification time, from the extensions,
-/// which end where `bytes` do at the latest.
-fn extensions(bytes: &[u8]) -> Result<(u64, Option<Mtime>)> {
+/// The data of our extension and where it lies; the extensions end where `bytes` do at
+/// the latest.
+fn extensions(bytes: &[u8]) -> Result<(&[u8], usize)> {
     let mut at = HEADER_LEN as usize;
     let mut format = None;
     let mut ours = None;
@@ -267,7 +301,7 @@ fn extensions(bytes: &[u8]) -> Result<(u64, Option<Mtime>)> {
         match kind {
             END_OF_EXTENSIONS => break,
             BACKING_FORMAT => format = Some(data),
-            OURS => ours = Some(data),
+            OURS => ours = Some((data, at + 8)),
             FULL_DISK_ENCRYPTION | BITMAPS | EXTERNAL_DATA_NAME => {
                 return Err(refused(format!(
                     "it has features that this filter does not keep up (encryption, bitmaps, \
@@ -279,7 +313,7 @@ fn extensions(bytes: &[u8]) -> Result<(u64, Option<Mtime>)> {
         }
         at += 8 + len.next_multiple_of(8);
     }
-    let Some(ours) = ours.filter(|data| data.len() == OURS_LEN) else {
+    let Some(ours) = ours.filter(|(data, _)| data.len() == OURS_LEN) else {
         return Err(refused(
             "it was not made by this filter: the header extension \"nbco\" is missing",
         ));
@@ -289,11 +323,7 @@ fn extensions(bytes: &[u8]) -> Result<(u64, Option<Mtime>)> {
             "the format of its backing file is not recorded as raw (header extension 0xe2792aca)",
         ));
     }
-    let mtime = (be_u32(ours, 20) != 0).then(|| Mtime {
-        seconds: be_u64(ours, 8) as i64,
-        nanoseconds: be_u32(ours, 16),
-    });
-    Ok((be_u64(ours, 0), mtime))
+    Ok(ours)
 }
 
 #[cfg(test)]
@@ -302,14 +332,12 @@ mod tests {
 
     fn header(disk_size: u64, block: u64) -> Header {
         let block_size = BlockSize::new(block).expect("a block size");
-        Header {
-            layout: Layout::new(disk_size, block_size).expect("fits"),
-            backing: b"disk.img".to_vec(),
-            mtime: Some(Mtime {
-                seconds: -5,
-                nanoseconds: 7,
-            }),
-        }
+        let mtime = Mtime {
+            seconds: -5,
+            nanoseconds: 7,
+        };
+        let layout = Layout::new(disk_size, block_size).expect("fits");
+        Header::new(layout, b"disk.img".to_vec(), Some(mtime))
     }
 
     fn padded(header: &Header) -> Vec<u8> {
@@ -329,6 +357,7 @@ mod tests {
                 let mut header = header(size, block);
                 assert_eq!(Header::from_bytes(&padded(&header)).expect("ours"), header);
                 header.mtime = None;
+                header.export = hash_of_export(b"a");
                 header.backing = vec![b'x'; MAX_BACKING_NAME];
                 assert_eq!(Header::from_bytes(&padded(&header)).expect("ours"), header);
             }
@@ -375,6 +404,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_hash_of_an_export_is_where_it_is_said_to_be_and_what_it_always_was() {
+        // From the published test vectors of FNV-1a.
+        assert_eq!(hash_of_export(b""), 0xcbf2_9ce4_8422_2325);
+        assert_eq!(hash_of_export(b"a"), 0xaf63_dc4c_8601_ec8c);
+        let header = header(10 << 20, 4096);
+        let mut bytes = padded(&header);
+        let at = header.export_at as usize;
+        assert!(at % 512 <= 504, "within a sector");
+        bytes[at..at + 8].copy_from_slice(&77u64.to_be_bytes());
+        assert_eq!(Header::from_bytes(&bytes).expect("ours").export, 77);
     }
 
     #[test]

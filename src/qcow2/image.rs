@@ -12,7 +12,8 @@
 //!
 //! 1. takes the clusters that have changed since the last one, and looks at their
 //!    words in the block map: what it sees now is what it writes in 4;
-//! 2. writes a refcount of 1 for each that has data and had none;
+//! 2. writes a refcount of 1 for each that has data and had none (and, the first time,
+//!    which export it is);
 //! 3. syncs: the data that the words speak of, and the refcounts;
 //! 4. writes the L2 entries;
 //! 5. syncs (those entries, at least);
@@ -43,8 +44,9 @@
 //! `turn` (with its condition variable) decides who flushes and is held for
 //! moments only; `writer` is held through a flush, by the one whose turn it is;
 //! a shard of `changes` is the innermost of all: it is held while the block map
-//! changes, which takes no lock, and nothing else is taken under it. Writers of
-//! data take their stripe before a shard, a flush takes no stripe.
+//! changes, which takes no lock, and nothing else is taken under it. So is a shard of
+//! `reserved`, held while the file system takes space. Writers of data take their
+//! stripe before a shard, a flush takes no stripe.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -53,7 +55,7 @@ use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 use super::file::ImageFile;
-use super::header::Header;
+use super::header::{Header, hash_of_export};
 use super::layout::{
     BLOCKS_PER_CLUSTER, ENTRY_LEN, Entry, GuestCluster, Layout, REFCOUNT_LEN, be_u64, has_data,
 };
@@ -87,15 +89,29 @@ pub struct Image<F> {
     layout: Layout,
     /// Clusters whose words have changed since they were last flushed.
     changes: Vec<Mutex<Marks>>,
+    /// Groups whose tables have space: a bit each, by the number of 64 of them.
+    reserved: Vec<Mutex<Marks>>,
     writer: Mutex<Writer>,
+    export: Mutex<Export>,
     turn: Mutex<Turn>,
     turn_over: Condvar,
+}
+
+/// The hash of the name of the export that the image keeps; 0: not known.
+struct Export {
+    /// In the file, at `at`.
+    recorded: u64,
+    at: u64,
+    /// To be recorded with what is written to it.
+    current: u64,
 }
 
 /// What only the one who flushes needs.
 struct Writer {
     /// Clusters whose refcount in the file is 1.
     counted: Marks,
+    /// Clusters that were leaked when the image was opened, until the first flush.
+    leaks: Marks,
     /// Clusters whose refcount may be 0 or 1, whatever `counted` says: a write of it
     /// failed, and may have been done in part. The next flush writes it, else it might
     /// rely on a 1 that is not there.
@@ -129,7 +145,7 @@ impl<F: ImageFile> Image<F> {
     /// Makes an image in `file`, which is empty. It is on the disk when this
     /// returns. `path` is for messages.
     pub fn create(file: F, path: &Path, header: &Header) -> Result<Self> {
-        let image = Self::new(file, path, header.layout);
+        let image = Self::new(file, path, header);
         let layout = image.layout;
         let be = |numbers: &mut dyn Iterator<Item = u64>| -> Vec<u8> {
             numbers.flat_map(u64::to_be_bytes).collect()
@@ -164,7 +180,7 @@ impl<F: ImageFile> Image<F> {
         file.read_at(&mut bytes, 0)
             .map_err(|e| failed(e, "reading the header of"))?;
         let header = Header::from_bytes(&bytes).map_err(|e| refusal(path, e))?;
-        let image = Self::new(file, path, header.layout);
+        let image = Self::new(file, path, &header);
         let layout = image.layout;
         if len < layout.end {
             return Err(image.refused(format!(
@@ -180,14 +196,21 @@ impl<F: ImageFile> Image<F> {
         Ok((image, header))
     }
 
-    fn new(file: F, path: &Path, layout: Layout) -> Self {
+    fn new(file: F, path: &Path, header: &Header) -> Self {
         Image {
             file,
             path: path.to_owned(),
-            layout,
+            layout: header.layout,
+            export: Mutex::new(Export {
+                recorded: header.export,
+                at: header.export_at,
+                current: header.export,
+            }),
             changes: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            reserved: (0..SHARDS).map(|_| Mutex::default()).collect(),
             writer: Mutex::new(Writer {
                 counted: Marks::new(),
+                leaks: Marks::new(),
                 unsure: Marks::new(),
                 failed: None,
             }),
@@ -298,7 +321,7 @@ impl<F: ImageFile> Image<F> {
                 let (words, counted) = self.check_group(group, entries, refcounts)?;
                 if counted != 0 {
                     writer.counted.insert(group, counted);
-                    self.mark_leaks(group, counted, &words);
+                    self.note_leaks(&mut writer, group, entries, counted, &words);
                 }
                 each(group, &words)?;
             }
@@ -406,14 +429,90 @@ impl<F: ImageFile> Image<F> {
         Ok(())
     }
 
-    /// Marks clusters that have a refcount and no data as changed.
-    fn mark_leaks(&self, group: u64, counted: u64, words: &Words) {
-        let leaked = (0..CLUSTERS_PER_GROUP)
-            .filter(|i| counted >> i & 1 != 0 && !has_data(words[*i as usize]))
-            .fold(0, |bits, i| bits | 1 << i);
-        if leaked != 0 {
-            *locked(self.shard(group)).entry(group).or_default() |= leaked;
+    /// Notes the clusters of a group that have a refcount and no data. Those whose entry
+    /// leads to them all the same have to get another entry first.
+    fn note_leaks(
+        &self,
+        writer: &mut Writer,
+        group: u64,
+        entries: &[u8],
+        counted: u64,
+        words: &Words,
+    ) {
+        let (mut leaked, mut described) = (0, 0);
+        for (i, entry) in entries.chunks_exact(ENTRY_LEN as usize).enumerate() {
+            if counted >> i & 1 != 0 && !has_data(words[i]) {
+                match be_u64(entry, 0) {
+                    0 => leaked |= 1 << i,
+                    _ => described |= 1 << i,
+                }
+            }
         }
+        if leaked != 0 {
+            writer.leaks.insert(group, leaked);
+        }
+        if described != 0 {
+            *locked(self.shard(group)).entry(group).or_default() |= described;
+        }
+    }
+
+    /// Writes the refcount 0 for what was leaked when the image was opened. Done once,
+    /// before anything else is flushed: in the file no entry leads there yet. (A sync
+    /// comes first: that the entry is gone may not be on the disk, if the program
+    /// before this one was killed.) That the refcounts can't be written is no error of
+    /// the one who asked for a flush.
+    fn give_up_leaks(&self, writer: &mut Writer, word: &dyn Fn(GuestCluster) -> u64) -> Result<()> {
+        let leaks = std::mem::take(&mut writer.leaks);
+        if leaks.is_empty() {
+            return Ok(());
+        }
+        self.sync_or_fail(writer)?;
+        let seen: Vec<Seen> = leaks
+            .iter()
+            .flat_map(|(group, bits)| {
+                (0..CLUSTERS_PER_GROUP)
+                    .filter(move |i| bits >> i & 1 != 0)
+                    .map(move |i| GuestCluster(group * CLUSTERS_PER_GROUP + i))
+            })
+            .map(|cluster| Seen {
+                cluster,
+                word: word(cluster) & self.layout.valid_bits(cluster),
+            })
+            .collect();
+        if let Err(e) = self.count(writer, &seen, false) {
+            log::debug!("clusters stay leaked: {e}");
+        }
+        Ok(())
+    }
+
+    /// Takes the space for the tables of `clusters` now, so that a full file system
+    /// makes the write fail that it has no room for, and not the flush which is to make
+    /// earlier ones safe. ENOSPC if there is none.
+    pub fn reserve(&self, clusters: Range<GuestCluster>) -> Result<()> {
+        let groups =
+            clusters.start.0 / CLUSTERS_PER_GROUP..clusters.end.0.div_ceil(CLUSTERS_PER_GROUP);
+        for group in groups {
+            let (key, bit) = (group / 64, 1 << (group % 64));
+            let mut reserved = locked(&self.reserved[(key % SHARDS as u64) as usize]);
+            let bits = reserved.entry(key).or_default();
+            if *bits & bit != 0 {
+                continue;
+            }
+            let first = GuestCluster(group * CLUSTERS_PER_GROUP);
+            let refcounts = self.layout.refcount_at(first);
+            let refcounts_end = refcounts + CLUSTERS_PER_GROUP * REFCOUNT_LEN;
+            let tables = [
+                (self.layout.entry_at(first), CLUSTERS_PER_GROUP * ENTRY_LEN),
+                (refcounts, refcounts_end.min(self.layout.l1) - refcounts),
+            ];
+            for (at, len) in tables {
+                self.file
+                    .reserve(at, len)
+                    .map_err(|e| self.error(e, "taking space for the tables of the overlay"))?;
+            }
+            *bits |= bit;
+        }
+        Ok(())
     }
 
     fn shard(&self, group: u64) -> &Mutex<Marks> {
@@ -495,6 +594,8 @@ impl<F: ImageFile> Image<F> {
                 ),
             ));
         }
+        self.expect_whole(&mut writer)?;
+        self.give_up_leaks(&mut writer, word)?;
         let mut marks = Marks::new();
         for shard in &self.changes {
             marks.append(&mut locked(shard));
@@ -520,6 +621,41 @@ impl<F: ImageFile> Image<F> {
         Ok(())
     }
 
+    /// Somebody who does not heed locks may have cut the file, and tables with it.
+    fn expect_whole(&self, writer: &mut Writer) -> Result<()> {
+        let len = self.file.size();
+        let len = len.map_err(|e| self.error(e, "asking the length of the overlay"))?;
+        if len >= self.layout.end {
+            return Ok(());
+        }
+        let reason = format!(
+            "cow-overlay={} was truncated to {len} bytes while it was served",
+            self.path.display()
+        );
+        writer.failed = Some(reason.clone());
+        Err(Error::new(libc::EIO, reason))
+    }
+
+    /// Whether the image keeps the export with this name. If nothing says yet which one
+    /// it keeps, it is this one from the next change on.
+    pub fn belongs_to(&self, name: &[u8]) -> bool {
+        let hash = hash_of_export(name);
+        let mut export = locked(&self.export);
+        if export.recorded == 0 {
+            export.current = hash;
+        }
+        export.current == hash
+    }
+
+    fn record_export(&self) -> Result<()> {
+        let mut export = locked(&self.export);
+        if export.recorded != export.current {
+            self.write_at(&export.current.to_be_bytes(), export.at)?;
+            export.recorded = export.current;
+        }
+        Ok(())
+    }
+
     fn flush_marked(
         &self,
         writer: &mut Writer,
@@ -533,6 +669,7 @@ impl<F: ImageFile> Image<F> {
             })
             .collect();
 
+        self.record_export()?;
         self.count(writer, &seen, true)?;
         self.sync_or_fail(writer)?;
         self.write_entries(writer, &seen)?;

@@ -159,11 +159,8 @@ fn resume(effort: &Effort) -> Result<Row, String> {
 /// the 10G of data, which a start does not look at.
 fn make_image(path: &Path, size: u64) -> nbdkit_cow_filter::error::Result<()> {
     let block_size = BlockSize::new(BLOCK).expect("a power of two");
-    let header = Header {
-        layout: Layout::new(size, block_size)?,
-        backing: b"disk.img".to_vec(),
-        mtime: None,
-    };
+    let layout = Layout::new(size, block_size)?;
+    let header = Header::new(layout, b"disk.img".to_vec(), None);
     let file = File::create_new(path)
         .and_then(|_| File::options().read(true).write(true).open(path))
         .map_err(|error| nbdkit_cow_filter::error::Error::io(error, "making the image"))?;

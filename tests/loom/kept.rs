@@ -23,11 +23,7 @@ struct Kept {
 fn kept() -> Arc<Kept> {
     let file = Handle::new();
     let layout = layout();
-    let header = Header {
-        layout,
-        backing: b"disk.img".to_vec(),
-        mtime: None,
-    };
+    let header = Header::new(layout, b"disk.img".to_vec(), None);
     let image = Image::create(file.clone(), Path::new("diff.qcow2"), &header).expect("an image");
     let store = KeptStore::new(image, true);
     let disk = Overlay::new(SIZE, layout.block_size(), store);

@@ -23,11 +23,8 @@ const LITTLE: usize = 2 << 20;
 
 fn header(disk_size: u64, block: u64) -> Header {
     let block_size = BlockSize::new(block).expect("a block size");
-    Header {
-        layout: Layout::new(disk_size, block_size).expect("fits"),
-        backing: b"disk.img".to_vec(),
-        mtime: None,
-    }
+    let layout = Layout::new(disk_size, block_size).expect("fits");
+    Header::new(layout, b"disk.img".to_vec(), None)
 }
 
 fn image(header: &Header) -> File {

@@ -12,6 +12,7 @@ use super::Kept;
 use crate::config::Backing;
 use crate::error::{Error, Result};
 use crate::qcow2::header::{Header, MAX_BACKING_NAME, Mtime};
+use crate::qcow2::layout::SECTOR;
 
 impl Kept {
     /// The recorded name must be that of the base, and the base should not have
@@ -37,10 +38,12 @@ impl Kept {
             _ => false,
         };
         if !is_same {
+            let recorded = recorded_file.as_deref().unwrap_or(Path::new(recorded));
             return Err(self.place.refused(format!(
-                "its backing file is {}, not {} (if the base was renamed or moved, tell the \
-                 image with: qemu-img rebase -u -F raw -b NAME)",
-                Path::new(recorded).display(),
+                "its backing file is {0}, not {1} (if {0} is what is served, give \
+                 cow-backing={0}; if it was renamed or moved, tell the image with: \
+                 qemu-img rebase -u -F raw -b NAME)",
+                recorded.display(),
                 Path::new(backing.as_os_str()).display()
             )));
         }
@@ -109,8 +112,16 @@ impl Kept {
         if overlay == size {
             return Ok(());
         }
+        let hint = if size == overlay.next_multiple_of(SECTOR) {
+            format!(
+                " (qemu-img commit makes it a whole number of sectors: \
+                 cut it with truncate -s {overlay})"
+            )
+        } else {
+            String::new()
+        };
         Err(self.place.refused(format!(
-            "it was made for a base of {overlay} bytes, but this one has {size}"
+            "it was made for a base of {overlay} bytes, but this one has {size}{hint}"
         )))
     }
 

@@ -35,9 +35,17 @@ pub struct Kept {
     /// The base's name, if one was given or can be told from the parameters.
     backing: Option<Backing>,
     overlay: OnceLock<Arc<Overlay<Files>>>,
-    /// The export that it belongs to: that of the first connection. Outermost
-    /// lock, held while an image is made.
-    export: Mutex<Option<CString>>,
+    /// Outermost lock, held while an image is made.
+    export: Mutex<Export>,
+}
+
+/// The export that the image belongs to.
+#[derive(Default)]
+struct Export {
+    /// That of the first connection. Another may take its place if all of its
+    /// connections have gone and nothing was written.
+    name: Option<CString>,
+    connections: usize,
 }
 
 impl Kept {
@@ -143,15 +151,11 @@ impl Kept {
 
     /// Takes note that the base has `size` bytes; makes the image if there is none.
     pub fn prepare(&self, size: u64) -> Result<()> {
-        drop(self.prepared(self.export(), size)?);
-        Ok(())
+        self.prepared(&self.export(), size).map(drop)
     }
 
-    fn prepared<'a>(
-        &'a self,
-        export: MutexGuard<'a, Option<CString>>,
-        size: u64,
-    ) -> Result<MutexGuard<'a, Option<CString>>> {
+    /// The lock of `export` is held, so that none is made twice.
+    fn prepared(&self, _held: &MutexGuard<'_, Export>, size: u64) -> Result<&Arc<Overlay<Files>>> {
         if let Some(Backing::File(path)) = &self.backing {
             self.expect_size(path, size)?;
         }
@@ -163,7 +167,7 @@ impl Kept {
             }
         };
         self.expect_made_for(size, overlay)?;
-        Ok(export)
+        Ok(self.overlay.get().expect("set above"))
     }
 
     /// Makes the image under another name, and gives it its own when all of it is
@@ -176,14 +180,12 @@ impl Kept {
                 .place
                 .refused("the name of its backing file is not known"));
         };
-        let header = Header {
-            layout: Layout::new(size, block_size)?,
-            backing: self.recorded_name(backing)?,
-            mtime: match backing {
-                Backing::File(path) => mtime_of(path),
-                Backing::Name(_) => None,
-            },
+        let mtime = match backing {
+            Backing::File(path) => mtime_of(path),
+            Backing::Name(_) => None,
         };
+        let layout = Layout::new(size, block_size)?;
+        let header = Header::new(layout, self.recorded_name(backing)?, mtime);
         self.place.expect_allowed(header.layout)?;
         let failed = |e| self.place.failed(e, "making it");
         let named = tempfile::Builder::new()
@@ -212,21 +214,36 @@ impl Kept {
     }
 
     /// The overlay for a connection to `export`, whose base has `size` bytes. EINVAL
-    /// for any other export than the first, or another size.
+    /// for any other export than the image belongs to, or another size.
     pub fn connect(&self, export: &CStr, size: u64) -> Result<Arc<Overlay<Files>>> {
-        let mut first = self.export();
-        if let Some(first) = first.as_deref().filter(|first| *first != export) {
+        let mut held = self.export();
+        let overlay = self.prepared(&held, size)?;
+        let is_taken = held.connections > 0 || !overlay.is_untouched();
+        let others = held.name.as_deref().filter(|name| *name != export);
+        if let Some(others) = others.filter(|_| is_taken) {
             return Err(self.place.refused(format!(
-                "it keeps what is written to export {first:?}, and can't keep export {export:?} too"
+                "it keeps what is written to export {others:?}, and can't keep export {export:?} too"
             )));
         }
-        first = self.prepared(first, size)?;
-        first.get_or_insert_with(|| export.to_owned());
-        let overlay = self.overlay.get().expect("set by `prepared`");
+        let Files::Kept(store) = overlay.store() else {
+            unreachable!("made by this module");
+        };
+        if !store.image().belongs_to(export.to_bytes()) {
+            return Err(self.place.refused(format!(
+                "it keeps what was written to another export than {export:?}"
+            )));
+        }
+        held.name = Some(export.to_owned());
+        held.connections += 1;
         Ok(Arc::clone(overlay))
     }
 
-    fn export(&self) -> MutexGuard<'_, Option<CString>> {
+    /// To be called once for each connection that has ended.
+    pub fn leave(&self) {
+        self.export().connections -= 1;
+    }
+
+    fn export(&self) -> MutexGuard<'_, Export> {
         self.export.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -235,6 +252,9 @@ impl Kept {
         let Some(overlay) = self.overlay.get() else {
             return Ok(());
         };
+        if let Files::Kept(store) = overlay.store() {
+            self.place.expect_still_there(store.image().file())?;
+        }
         overlay.flush().map_err(|e| {
             Error::new(
                 e.errno(),

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -60,6 +61,22 @@ impl Place {
             )),
             Err(e) => Err(self.failed(e, "locking it")),
         }
+    }
+
+    /// An error if `file` has no name any more: it will be gone with this process.
+    /// (Another name is as good: it may have been moved.)
+    pub fn expect_still_there(&self, file: &File) -> Result<()> {
+        let about = file.metadata();
+        if about.map_err(|e| self.failed(e, "looking at it"))?.nlink() > 0 {
+            return Ok(());
+        }
+        Err(Error::new(
+            libc::ENOENT,
+            format!(
+                "{} was removed while it was served: what was written to it is lost",
+                self.path.display()
+            ),
+        ))
     }
 
     /// Finds out what the file system of the image can do.

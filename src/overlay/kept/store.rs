@@ -85,6 +85,12 @@ impl<F: ImageFile> Store for KeptStore<F> {
         self.can_zero_range
     }
 
+    fn reserve(&self, blocks: &Range<BlockNum>) -> Result<()> {
+        let clusters = GuestCluster(blocks.start.0 / BLOCKS_PER_CLUSTER)
+            ..GuestCluster(blocks.end.0.div_ceil(BLOCKS_PER_CLUSTER));
+        self.image.reserve(clusters)
+    }
+
     fn publish(
         &self,
         blocks: &Range<BlockNum>,

@@ -62,11 +62,7 @@ pub fn layout(size: u64, block: u64) -> Layout {
 
 /// A new image, as it is when it gets its name.
 pub fn new_image(size: u64, block: u64) -> Content {
-    let header = Header {
-        layout: layout(size, block),
-        backing: BACKING.into(),
-        mtime: None,
-    };
+    let header = Header::new(layout(size, block), BACKING.into(), None);
     let recorder = Recorder::default();
     Image::create(recorder.clone(), Path::new("new"), &header).expect("a new image");
     recorder.content()

@@ -43,14 +43,11 @@ struct Served {
 }
 
 fn header(layout: Layout) -> Header {
-    Header {
-        layout,
-        backing: b"disk.img".to_vec(),
-        mtime: Some(Mtime {
-            seconds: 1,
-            nanoseconds: 2,
-        }),
-    }
+    let mtime = Mtime {
+        seconds: 1,
+        nanoseconds: 2,
+    };
+    Header::new(layout, b"disk.img".to_vec(), Some(mtime))
 }
 
 fn layout(size: u64, block: u64) -> Result<Layout> {
