@@ -71,7 +71,8 @@ pub trait Store: Send + Sync {
 /// The store of a filter: of either kind, so that one kind of overlay serves both.
 pub enum Files {
     Temporary(TemporaryStore),
-    Kept(KeptStore<File>),
+    /// (Boxed, because it is much larger.)
+    Kept(Box<KeptStore<File>>),
 }
 
 /// Calls the store that there is.

@@ -166,7 +166,8 @@ impl Lab {
     ) -> Cell<'a> {
         let (id, title) = self.named(id, title);
         Cell {
-            rounds: if goals(&id).is_empty() {
+            // Two systems on two cores take turns at being lucky; one core is fair.
+            rounds: if goals(&id).is_empty() || id.ends_with("-one-core") {
                 self.rounds
             } else {
                 self.more_rounds

@@ -73,7 +73,8 @@ and every second round takes them the other way round.
   the same disk as its backing file, made with `extended_l2=on` and 128K clusters. No filter flushes as often, to its
   fresh sparse file.
 - *to reach*: what the project has set itself for this filter, and whether this run had it.
-- \"-\": no figure; the notes say why, where the row is about that system at all.
+- \"-\": no figure; the notes say why, where the row is about that system at all. (With one in flight
+  qemu-nbd is not measured.)
 
 The load is fio with its NBD engine over a Unix socket, one process; its own cost is in every figure alike. Copies are
 nbdcopy; maps, zeroing, trimming and memory are a small client of the benchmark's own. For each rate, copy, zeroing,

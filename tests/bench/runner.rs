@@ -34,7 +34,7 @@ impl Effort {
     pub const FULL: Effort = Effort {
         quick: false,
         rounds: 5,
-        time: Duration::from_millis(120),
+        time: Duration::from_millis(80),
         more_rounds: 7,
         more_time: Duration::from_millis(250),
         disk: 1 << 30,

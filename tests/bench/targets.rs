@@ -26,7 +26,7 @@ pub fn goals(id: &str) -> &'static [Goal] {
             Times(System::C4K, 1.0),
         ],
         "read-4k-one-core" | "read-1m-one-core" => &[AtLeast(0.97)],
-        "write-4k-one-core" => &[AtLeast(0.95), Times(System::C4K, 1.0)],
+        "write-4k-one-core" => &[AtLeast(0.95)],
         "write-1m-4" => &[AtLeast(0.95)],
         "slow-write-512" => &[AtLeast(0.85)],
         "map-1T" => &[AtMost(1.3)],

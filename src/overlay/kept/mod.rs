@@ -112,7 +112,7 @@ impl Kept {
             layout.disk_size(),
             layout.block_size()
         );
-        Ok(overlay.map_store(Files::Kept))
+        Ok(overlay.map_store(|store| Files::Kept(Box::new(store))))
     }
 
     /// Looks, before nbdkit goes into the background, whether the image will find its
@@ -209,7 +209,8 @@ impl Kept {
             "cow-overlay={}: made for a disk of {size} bytes in blocks of {block_size}",
             self.place.path().display()
         );
-        let store = Files::Kept(KeptStore::new(image, directory.can_zero_range()));
+        let store = KeptStore::new(image, directory.can_zero_range());
+        let store = Files::Kept(Box::new(store));
         Ok(Overlay::new(size, block_size, store))
     }
 

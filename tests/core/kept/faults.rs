@@ -2,10 +2,12 @@
 
 use nbdkit_cow_filter::error::Result;
 use nbdkit_cow_filter::overlay::State;
+use nbdkit_cow_filter::qcow2::file::ImageFile;
+use nbdkit_cow_filter::qcow2::layout::GuestCluster;
 
 use super::check::{Qemu, assert_settled, check_all};
 use super::crash::Bound;
-use super::disk::{DISCARD, Disk, Request, new_image, resume};
+use super::disk::{DISCARD, Disk, Request, layout, new_image, resume};
 use super::random::Random;
 use super::reader::Reader;
 use super::recorder::{Fault, Portion, Recorder, Step};
@@ -226,4 +228,30 @@ fn what_a_crash_left_behind_gives_its_space_back_when_it_is_discarded() {
     assert_eq!(overlay.state_at(block).expect("in range"), State::Base);
     overlay.zero(&base, 0, size, DISCARD).expect("a discard");
     assert_eq!(crashed.steps(0), [Step::Punch]);
+}
+
+/// So that it can be done where there is no space; and after a sync, because the entry
+/// that led there may be gone from memory only.
+#[test]
+fn a_leak_is_given_up_without_another_entry() {
+    let recorder = Recorder::holding(new_image(4 << 20, 4096));
+    let refcount = layout(4 << 20, 4096).refcount_at(GuestCluster(3));
+    recorder.write_at(&[0, 1], refcount).expect("a leak");
+    let crashed = Recorder::holding(recorder.content());
+    let overlay = resume(&crashed).expect("resumable");
+    overlay.flush().expect("a good flush");
+    assert_eq!(crashed.steps(0), [Step::Sync, Step::Write, Step::Sync]);
+    let content = crashed.content();
+    let reader = Reader::open(&content).expect("an image");
+    assert_eq!(reader.check(), Default::default());
+    // That it fails is nobody's loss.
+    let crashed = Recorder::holding(recorder.content());
+    let overlay = resume(&crashed).expect("resumable");
+    crashed.fail(Some(Fault {
+        at: 1,
+        errno: libc::ENOSPC,
+        portion: Portion::Nothing,
+        stays: false,
+    }));
+    overlay.flush().expect("a good flush");
 }

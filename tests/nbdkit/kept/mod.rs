@@ -10,6 +10,7 @@ mod names;
 mod places;
 mod qemu;
 mod resume;
+mod served;
 mod small;
 mod syncs;
 

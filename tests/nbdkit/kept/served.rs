@@ -1,0 +1,133 @@
+//! Which export an image keeps, and what is told while it is served and at the end.
+
+use std::fs::{self, File};
+
+use super::small::{base, expected, kept_in, read_by_qemu, serve, write_through};
+use super::{assert_says, check, text};
+use crate::harness::{Server, Setup, noise, scratch};
+
+#[test]
+fn an_image_keeps_its_export_also_the_next_time() {
+    let directory = scratch();
+    let files = directory.path().join("files");
+    fs::create_dir(&files).unwrap();
+    for (seed, name) in [(1, "one"), (2, "two")] {
+        fs::write(files.join(name), noise(seed, 300_000)).unwrap();
+    }
+    let (dir, backing, kept) = (
+        format!("dir={}", text(&files)),
+        format!("cow-backing={}", text(&files.join("one"))),
+        kept_in(directory.path(), "diff.qcow2"),
+    );
+    let plugin = ["file", &dir, &backing, &kept];
+    let server = Server::start(&plugin);
+    server.python("connect('one').pwrite(b'mine', 5000)");
+    server.stop();
+
+    let server = Server::start(&plugin);
+    server.python(
+        r#"
+        try:
+            connect("two")
+            raise AssertionError("the writes of one export are laid over another")
+        except nbd.Error:
+            pass
+        same(connect("one").pread(4, 5000), b"mine")
+        "#,
+    );
+    let said = server.stop_and_tell();
+    assert_says(&said, &["another export than \"two\""]);
+    check(&directory.path().join("diff.qcow2"));
+}
+
+#[test]
+fn a_client_that_only_looked_does_not_keep_others_out() {
+    let base = base();
+    let overlay = base.directory().join("diff.qcow2");
+    let server = serve(base.path(), text(&overlay));
+    server.python(
+        r#"
+        looking = connect("typo")
+        try:
+            connect("")
+            raise AssertionError("two exports are served at the same time")
+        except nbd.Error:
+            pass
+        looking.pread(512, 0)
+        looking.shutdown()
+        # nbdkit may take a moment to see that it has gone.
+        for _ in range(1000):
+            try:
+                h = connect("")
+                break
+            except nbd.Error:
+                time.sleep(0.01)
+        h.pwrite(b"\x07" * 5000, 100_000)
+        h.shutdown()
+        for _ in range(3):
+            try:
+                connect("typo")
+                raise AssertionError("a second export is served")
+            except nbd.Error:
+                pass
+        "#,
+    );
+    server.stop();
+    assert!(read_by_qemu(base.directory(), "diff.qcow2") == expected());
+}
+
+/// nbdkit is in the background by then, and its parent waits for the command.
+#[test]
+fn a_size_that_shows_after_the_fork_is_told_and_does_not_hang() {
+    let base = base();
+    let kept = kept_in(base.directory(), "diff.qcow2");
+    let plugin = ["file", base.path(), "offset=512", &kept];
+    let setup = Setup::new().below("offset");
+    let outcome = setup.run(&plugin, "nbdinfo --size \"$uri\"");
+    assert!(!outcome.status.success());
+    assert_says(&outcome.stderr, &["299488 bytes", "300000", "cow-backing="]);
+    assert!(outcome.stdout.is_empty(), "{}", outcome.stdout);
+    assert!(!base.directory().join("diff.qcow2").exists());
+}
+
+#[test]
+fn an_image_that_was_removed_is_missed_at_the_end_and_one_that_was_moved_is_not() {
+    let base = base();
+    let (overlay, moved) = (
+        base.directory().join("diff.qcow2"),
+        base.directory().join("moved.qcow2"),
+    );
+    let server = serve(base.path(), text(&overlay));
+    write_through(&server.uri());
+    fs::rename(&overlay, &moved).unwrap();
+    assert_eq!(server.stop_and_tell(), "");
+    assert!(read_by_qemu(base.directory(), "moved.qcow2") == expected());
+
+    let server = serve(base.path(), text(&overlay));
+    write_through(&server.uri());
+    fs::remove_file(&overlay).unwrap();
+    let said = server.stop_and_tell();
+    assert_says(&said, &[text(&overlay), "was removed", "lost"]);
+}
+
+#[test]
+fn an_image_that_was_cut_while_it_is_served_makes_flushes_fail() {
+    let base = base();
+    let overlay = base.directory().join("diff.qcow2");
+    let server = serve(base.path(), text(&overlay));
+    server.nbdsh("h.pwrite(b'x' * 4096, 0); h.flush()");
+    File::options()
+        .write(true)
+        .open(&overlay)
+        .and_then(|file| file.set_len(1000))
+        .unwrap();
+    server.nbdsh(
+        r#"
+        h.pwrite(b"y" * 4096, 8192)
+        for _ in range(2):
+            refused("EIO", h.flush)
+        "#,
+    );
+    let said = server.stop_and_tell();
+    assert_says(&said, &["truncated to", "incomplete"]);
+}
