@@ -638,7 +638,7 @@ impl<F: ImageFile> Image<F> {
 
     /// Whether the image keeps the export with this name. If nothing says yet which one
     /// it keeps, it is this one from the next change on.
-    pub fn belongs_to(&self, name: &[u8]) -> bool {
+    pub fn claim(&self, name: &[u8]) -> bool {
         let hash = hash_of_export(name);
         let mut export = locked(&self.export);
         if export.recorded == 0 {

@@ -159,15 +159,12 @@ impl Kept {
         if let Some(Backing::File(path)) = &self.backing {
             self.expect_size(path, size)?;
         }
-        let overlay = match self.overlay.get() {
-            Some(overlay) => overlay.size(),
-            None => {
-                self.set(self.make(size)?);
-                size
-            }
-        };
-        self.expect_made_for(size, overlay)?;
-        Ok(self.overlay.get().expect("set above"))
+        if self.overlay.get().is_none() {
+            self.set(self.make(size)?);
+        }
+        let overlay = self.overlay.get().expect("set above");
+        self.expect_made_for(size, overlay.size())?;
+        Ok(overlay)
     }
 
     /// Makes the image under another name, and gives it its own when all of it is
@@ -226,10 +223,7 @@ impl Kept {
                 "it keeps what is written to export {others:?}, and can't keep export {export:?} too"
             )));
         }
-        let Files::Kept(store) = overlay.store() else {
-            unreachable!("made by this module");
-        };
-        if !store.image().belongs_to(export.to_bytes()) {
+        if !image_of(overlay).claim(export.to_bytes()) {
             return Err(self.place.refused(format!(
                 "it keeps what was written to another export than {export:?}"
             )));
@@ -253,9 +247,7 @@ impl Kept {
         let Some(overlay) = self.overlay.get() else {
             return Ok(());
         };
-        if let Files::Kept(store) = overlay.store() {
-            self.place.expect_still_there(store.image().file())?;
-        }
+        self.place.expect_still_there(image_of(overlay).file())?;
         overlay.flush().map_err(|e| {
             Error::new(
                 e.errno(),
@@ -265,5 +257,13 @@ impl Kept {
                 ),
             )
         })
+    }
+}
+
+/// The image that an overlay of this module is kept in.
+fn image_of(overlay: &Overlay<Files>) -> &Image<File> {
+    match overlay.store() {
+        Files::Kept(store) => store.image(),
+        Files::Temporary(_) => unreachable!("made by this module"),
     }
 }

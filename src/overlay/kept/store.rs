@@ -86,9 +86,7 @@ impl<F: ImageFile> Store for KeptStore<F> {
     }
 
     fn reserve(&self, blocks: &Range<BlockNum>) -> Result<()> {
-        let clusters = GuestCluster(blocks.start.0 / BLOCKS_PER_CLUSTER)
-            ..GuestCluster(blocks.end.0.div_ceil(BLOCKS_PER_CLUSTER));
-        self.image.reserve(clusters)
+        self.image.reserve(clusters_of(blocks))
     }
 
     fn publish(
@@ -96,17 +94,12 @@ impl<F: ImageFile> Store for KeptStore<F> {
         blocks: &Range<BlockNum>,
         change: impl Fn(&Range<BlockNum>) -> Result<bool>,
     ) -> Result<()> {
-        let mut at = blocks.start.0;
-        while at < blocks.end.0 {
-            let end = blocks
-                .end
-                .0
-                .min((at / BLOCKS_PER_GROUP + 1) * BLOCKS_PER_GROUP);
-            let clusters = GuestCluster(at / BLOCKS_PER_CLUSTER)
-                ..GuestCluster(end.div_ceil(BLOCKS_PER_CLUSTER));
-            self.image
-                .publish(clusters, || change(&(BlockNum(at)..BlockNum(end))))?;
-            at = end;
+        let mut rest = blocks.clone();
+        while rest.start < rest.end {
+            let group_end = (rest.start.0 / BLOCKS_PER_GROUP + 1) * BLOCKS_PER_GROUP;
+            let part = rest.start..rest.end.min(BlockNum(group_end));
+            rest.start = part.end;
+            self.image.publish(clusters_of(&part), || change(&part))?;
         }
         Ok(())
     }
@@ -116,9 +109,14 @@ impl<F: ImageFile> Store for KeptStore<F> {
     }
 }
 
+/// The clusters that have blocks of `blocks`.
+fn clusters_of(blocks: &Range<BlockNum>) -> Range<GuestCluster> {
+    GuestCluster(blocks.start.0 / BLOCKS_PER_CLUSTER)
+        ..GuestCluster(blocks.end.0.div_ceil(BLOCKS_PER_CLUSTER))
+}
+
 impl<F: ImageFile> Overlay<KeptStore<F>> {
-    /// The overlay that an image holds. The errors are
-    /// those of [`Image::load`].
+    /// The overlay that an image holds. The errors are those of [`Image::load`].
     pub fn resume(image: Image<F>, can_zero_range: bool) -> Result<Self> {
         let layout = image.layout();
         let store = KeptStore::new(image, can_zero_range);
