@@ -4,8 +4,10 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use super::small::{base, expected, kept_in, read_by_qemu, recorded, serve, write_through};
-use super::{Disk, assert_refused, assert_says, attempt, check, compare, text};
+use super::small::{
+    base, expected, kept_in, read_by_qemu, recorded, serve, two_exports, write_through,
+};
+use super::{Disk, assert_refused, assert_says, attempt, check, compare, name_base, text};
 use crate::harness::mount::Mount;
 use crate::harness::{Base, Server, Setup, noise, run, scratch};
 
@@ -44,17 +46,9 @@ fn what_one_image_can_not_do_is_refused_at_start() {
 #[test]
 fn a_second_export_is_refused_and_the_first_goes_on() {
     let directory = scratch();
-    let files = directory.path().join("files");
-    fs::create_dir(&files).unwrap();
-    for (seed, name) in [(1, "one"), (2, "two")] {
-        fs::write(files.join(name), noise(seed, 300_000)).unwrap();
-    }
+    let [dir, backing] = two_exports(directory.path());
     let kept = kept_in(directory.path(), "diff.qcow2");
     let overlay = directory.path().join("diff.qcow2");
-    let (dir, backing) = (
-        format!("dir={}", text(&files)),
-        format!("cow-backing={}", text(&files.join("one"))),
-    );
     for plugin in [
         &["file", &dir, &backing][..],
         &[
@@ -194,8 +188,7 @@ fn another_base_than_the_recorded_one_is_refused() {
     );
 
     // What the message says to do helps, and the other name is then the only one.
-    let rebase = ["qemu-img", "rebase", "-u", "-F", "raw", "-b"];
-    run(&[&rebase[..], &["other.img", text(&overlay)]].concat());
+    name_base(base.directory(), "diff.qcow2", "other.img");
     serve(text(&other), text(&overlay)).stop();
     assert_eq!(recorded(base.directory(), "diff.qcow2"), "other.img");
     assert_refused(

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::harness::command::{LIMIT, Outcome, command, eventually, outcome};
-use crate::harness::{Base, Server, Setup, noise, run};
+use crate::harness::{Base, Server, Setup, noise, run, run_in};
 
 /// What Python finds beside client.py: `Disk`, the model.
 const CLIENT: &str = concat!(
@@ -239,6 +239,13 @@ fn attempt(words: &[&str]) -> Outcome {
 fn attempt_beside(file: &Path, words: &[&str]) -> Outcome {
     let directory = file.parent().expect("a file is in a directory");
     outcome(command(words[0]).args(&words[1..]).current_dir(directory))
+}
+
+/// Records another name for the base of an image, as the manual says, and looks at
+/// nothing else. All names are those of files in `directory`.
+pub fn name_base(directory: &Path, image: &str, base: &str) {
+    let rebase = ["qemu-img", "rebase", "-u", "-F", "raw", "-b", base, image];
+    run_in(directory, &rebase);
 }
 
 /// `qemu-img check`: neither errors nor leaks.

@@ -7,7 +7,9 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use super::{Disk, assert_refused, attempt_beside, check, compare, text, wait_until_unlocked};
+use super::{
+    Disk, assert_refused, attempt_beside, check, compare, name_base, text, wait_until_unlocked,
+};
 use crate::harness::{Setup, run, run_in, scratch};
 
 /// A disk with clusters of every kind: of the base alone (from 3M on), with data,
@@ -274,19 +276,7 @@ fn a_rebased_image_is_resumed_over_its_new_base_if_nothing_had_to_be_copied() {
         &["new.img"],
     );
     fs::rename(same.path().join("new.img"), same.path().join("disk.img")).unwrap();
-    run_in(
-        same.path(),
-        &[
-            "qemu-img",
-            "rebase",
-            "-u",
-            "-F",
-            "raw",
-            "-b",
-            "disk.img",
-            "diff.qcow2",
-        ],
-    );
+    name_base(same.path(), "diff.qcow2", "disk.img");
     assert_resumed(same.path(), rebase);
 
     let differs = after(&disk, "cp disk.img new.img");
@@ -304,19 +294,7 @@ fn a_rebased_image_is_resumed_over_its_new_base_if_nothing_had_to_be_copied() {
         differs.path().join("disk.img"),
     )
     .unwrap();
-    run_in(
-        differs.path(),
-        &[
-            "qemu-img",
-            "rebase",
-            "-u",
-            "-F",
-            "raw",
-            "-b",
-            "disk.img",
-            "diff.qcow2",
-        ],
-    );
+    name_base(differs.path(), "diff.qcow2", "disk.img");
     let words = plugin(differs.path());
     let overlay = differs.path().join("diff.qcow2");
     assert_refused(

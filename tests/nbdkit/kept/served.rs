@@ -2,23 +2,15 @@
 
 use std::fs::{self, File};
 
-use super::small::{base, expected, kept_in, read_by_qemu, serve, write_through};
+use super::small::{base, expected, kept_in, read_by_qemu, serve, two_exports, write_through};
 use super::{assert_says, check, text};
-use crate::harness::{Server, Setup, noise, scratch};
+use crate::harness::{Server, Setup, scratch};
 
 #[test]
 fn an_image_keeps_its_export_also_the_next_time() {
     let directory = scratch();
-    let files = directory.path().join("files");
-    fs::create_dir(&files).unwrap();
-    for (seed, name) in [(1, "one"), (2, "two")] {
-        fs::write(files.join(name), noise(seed, 300_000)).unwrap();
-    }
-    let (dir, backing, kept) = (
-        format!("dir={}", text(&files)),
-        format!("cow-backing={}", text(&files.join("one"))),
-        kept_in(directory.path(), "diff.qcow2"),
-    );
+    let [dir, backing] = two_exports(directory.path());
+    let kept = kept_in(directory.path(), "diff.qcow2");
     let plugin = ["file", &dir, &backing, &kept];
     let server = Server::start(&plugin);
     server.python("connect('one').pwrite(b'mine', 5000)");

@@ -55,6 +55,20 @@ pub fn read_by_qemu(directory: &Path, image: &str) -> Vec<u8> {
     bytes
 }
 
+/// A directory of two disks of one size, and the parameters of a plugin that exports
+/// both, of which the first is the base.
+pub fn two_exports(directory: &Path) -> [String; 2] {
+    let files = directory.join("files");
+    fs::create_dir(&files).expect("a directory");
+    for (seed, name) in [(1, "one"), (2, "two")] {
+        fs::write(files.join(name), noise(seed, SIZE)).expect("a disk");
+    }
+    [
+        format!("dir={}", text(&files)),
+        format!("cow-backing={}", text(&files.join("one"))),
+    ]
+}
+
 pub fn kept_in(directory: &Path, name: &str) -> String {
     format!("cow-overlay={}", text(&directory.join(name)))
 }
