@@ -1,0 +1,358 @@
+//! From the block map to the file. The order of the writes, the argument for it, and
+//! that of the locks are those of [`super`].
+
+use std::io;
+use std::ops::Range;
+use std::sync::PoisonError;
+
+use super::super::file::ImageFile;
+use super::super::header::hash_of_export;
+use super::super::layout::{ENTRY_LEN, GuestCluster, REFCOUNT_LEN, has_data};
+use super::{CLUSTERS_PER_GROUP, Image, Marks, SHARDS, Turn, Writer, locked};
+use crate::error::{Error, Result};
+use crate::sync::{Condvar, Mutex};
+
+/// So many groups are flushed at once. It bounds the memory that a flush takes
+/// (16 MiB); a flush of more is several.
+const GROUPS_PER_PASS: usize = 16 << 10;
+
+/// A cluster as a flush has seen it.
+struct Seen {
+    cluster: GuestCluster,
+    word: u64,
+}
+
+impl<F: ImageFile> Image<F> {
+    /// Writes the refcount 0 for what was leaked when the image was opened. Done once,
+    /// before anything else is flushed: in the file no entry leads there yet. (A sync
+    /// comes first: that the entry is gone may not be on the disk, if the program
+    /// before this one was killed.) That the refcounts can't be written is no error of
+    /// the one who asked for a flush.
+    fn give_up_leaks(&self, writer: &mut Writer, word: &dyn Fn(GuestCluster) -> u64) -> Result<()> {
+        let leaks = std::mem::take(&mut writer.leaks);
+        if leaks.is_empty() {
+            return Ok(());
+        }
+        self.sync_or_fail(writer)?;
+        let seen: Vec<Seen> = leaks
+            .iter()
+            .flat_map(|(group, bits)| {
+                (0..CLUSTERS_PER_GROUP)
+                    .filter(move |i| bits >> i & 1 != 0)
+                    .map(move |i| GuestCluster(group * CLUSTERS_PER_GROUP + i))
+            })
+            .map(|cluster| Seen {
+                cluster,
+                word: word(cluster) & self.layout.valid_bits(cluster),
+            })
+            .collect();
+        if let Err(e) = self.count(writer, &seen, false) {
+            log::debug!("clusters stay leaked: {e}");
+        }
+        Ok(())
+    }
+
+    /// Takes the space for the tables of `clusters` now, so that a full file system
+    /// makes the write fail that it has no room for, and not the flush which is to make
+    /// earlier ones safe. ENOSPC if there is none.
+    pub fn reserve(&self, clusters: Range<GuestCluster>) -> Result<()> {
+        let groups =
+            clusters.start.0 / CLUSTERS_PER_GROUP..clusters.end.0.div_ceil(CLUSTERS_PER_GROUP);
+        for group in groups {
+            let (key, bit) = (group / 64, 1 << (group % 64));
+            let mut reserved = locked(&self.reserved[(key % SHARDS as u64) as usize]);
+            let bits = reserved.entry(key).or_default();
+            if *bits & bit != 0 {
+                continue;
+            }
+            let first = GuestCluster(group * CLUSTERS_PER_GROUP);
+            let refcounts = self.layout.refcount_at(first);
+            let refcounts_end = refcounts + CLUSTERS_PER_GROUP * REFCOUNT_LEN;
+            let tables = [
+                (self.layout.entry_at(first), CLUSTERS_PER_GROUP * ENTRY_LEN),
+                (refcounts, refcounts_end.min(self.layout.l1) - refcounts),
+            ];
+            for (at, len) in tables {
+                self.file
+                    .reserve(at, len)
+                    .map_err(|e| self.error(e, "taking space for the tables of the overlay"))?;
+            }
+            *bits |= bit;
+        }
+        Ok(())
+    }
+
+    /// Runs `change`, which changes words of `clusters` (which lie in one group) in
+    /// the block map and tells whether it did, so that a flush sees the change and
+    /// the mark as one.
+    pub fn publish(
+        &self,
+        clusters: Range<GuestCluster>,
+        change: impl FnOnce() -> Result<bool>,
+    ) -> Result<()> {
+        let group = clusters.start.0 / CLUSTERS_PER_GROUP;
+        debug_assert_eq!((clusters.end.0 - 1) / CLUSTERS_PER_GROUP, group);
+        let mut marks = locked(self.shard(group));
+        let changed = change();
+        // A change that failed may have been made in part.
+        if !matches!(changed, Ok(false)) {
+            let count = clusters.end.0 - clusters.start.0;
+            let bits = (u64::MAX >> (CLUSTERS_PER_GROUP - count))
+                << (clusters.start.0 % CLUSTERS_PER_GROUP);
+            *marks.entry(group).or_default() |= bits;
+        }
+        changed.map(drop)
+    }
+
+    /// Makes all that was published before safe from power loss. `word` looks a
+    /// cluster's word up in the block map.
+    ///
+    /// Flushes that are asked for while one is under way share the next.
+    pub fn flush(&self, word: &dyn Fn(GuestCluster) -> u64) -> Result<()> {
+        let mut turn = locked(&self.turn);
+        // The one that is under way may have fetched the marks already.
+        let wanted = turn.started + 1;
+        while turn.started > turn.ended && turn.ended < wanted {
+            turn = self
+                .turn_over
+                .wait(turn)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        if turn.ended >= wanted {
+            return match &turn.outcome {
+                None => Ok(()),
+                Some((errno, message)) => Err(Error::new(*errno, message.clone())),
+            };
+        }
+        turn.started += 1;
+        drop(turn);
+
+        // Ends the turn on every way out, else the others would wait for ever.
+        let mut ending = EndTurn {
+            turn: &self.turn,
+            turn_over: &self.turn_over,
+            outcome: Some((libc::EIO, "a flush did not end".to_string())),
+        };
+        let done = self.flush_alone(word);
+        ending.outcome = done
+            .as_ref()
+            .err()
+            .map(|error| (error.errno(), error.to_string()));
+        done
+    }
+
+    fn flush_alone(&self, word: &dyn Fn(GuestCluster) -> u64) -> Result<()> {
+        let mut writer = self.writer.lock().unwrap_or_else(|poisoned| {
+            // A bug of ours has ended a flush half way, and the marks that it had
+            // fetched are lost.
+            let mut writer = poisoned.into_inner();
+            writer.failed.get_or_insert("internal error".to_string());
+            writer
+        });
+        if let Some(reason) = &writer.failed {
+            return Err(Error::new(
+                libc::EIO,
+                format!(
+                    "nothing can be made safe any more, since an earlier flush failed: {reason}"
+                ),
+            ));
+        }
+        self.expect_whole(&mut writer)?;
+        self.give_up_leaks(&mut writer, word)?;
+        let mut marks = Marks::new();
+        for shard in &self.changes {
+            marks.append(&mut locked(shard));
+        }
+        if marks.is_empty() {
+            return self.sync_or_fail(&mut writer);
+        }
+        while !marks.is_empty() {
+            let later = match marks.keys().nth(GROUPS_PER_PASS) {
+                Some(&group) => marks.split_off(&group),
+                None => Marks::new(),
+            };
+            if let Err(e) = self.flush_marked(&mut writer, &marks, word) {
+                // They are not in the file yet. Those that are lose nothing by
+                // being written again.
+                for (group, bits) in marks.into_iter().chain(later) {
+                    *locked(self.shard(group)).entry(group).or_default() |= bits;
+                }
+                return Err(e);
+            }
+            marks = later;
+        }
+        Ok(())
+    }
+
+    /// Somebody who does not heed locks may have cut the file, and tables with it.
+    fn expect_whole(&self, writer: &mut Writer) -> Result<()> {
+        let len = self.file.size();
+        let len = len.map_err(|e| self.error(e, "asking the length of the overlay"))?;
+        if len >= self.layout.end {
+            return Ok(());
+        }
+        let reason = format!(
+            "cow-overlay={} was truncated to {len} bytes while it was served",
+            self.path.display()
+        );
+        writer.failed = Some(reason.clone());
+        Err(Error::new(libc::EIO, reason))
+    }
+
+    /// Whether the image keeps the export with this name. If nothing says yet which one
+    /// it keeps, it is this one from the next change on.
+    pub fn claim(&self, name: &[u8]) -> bool {
+        let hash = hash_of_export(name);
+        let mut export = locked(&self.export);
+        if export.recorded == 0 {
+            export.current = hash;
+        }
+        export.current == hash
+    }
+
+    fn record_export(&self) -> Result<()> {
+        let mut export = locked(&self.export);
+        if export.recorded != export.current {
+            self.write_at(&export.current.to_be_bytes(), export.at)?;
+            export.recorded = export.current;
+        }
+        Ok(())
+    }
+
+    fn flush_marked(
+        &self,
+        writer: &mut Writer,
+        marks: &Marks,
+        word: &dyn Fn(GuestCluster) -> u64,
+    ) -> Result<()> {
+        let seen: Vec<Seen> = spans(marks)
+            .map(|cluster| Seen {
+                cluster,
+                word: word(cluster) & self.layout.valid_bits(cluster),
+            })
+            .collect();
+
+        self.record_export()?;
+        self.count(writer, &seen, true)?;
+        self.sync_or_fail(writer)?;
+        self.write_entries(writer, &seen)?;
+        self.count(writer, &seen, false)
+    }
+
+    /// Writes the L2 entries; they are safe when this returns.
+    ///
+    /// Where they lie in one piece, that piece alone is synced, and not what other
+    /// requests have written since the first sync: that would be new space, which
+    /// costs the file system a transaction. It is written before without a sync, so
+    /// that an error of the sync is known from one of the write (no space, say),
+    /// after which nothing is lost.
+    fn write_entries(&self, writer: &mut Writer, seen: &[Seen]) -> Result<()> {
+        let mut pieces = runs(seen).map(|run| {
+            let bytes: Vec<u8> = run
+                .iter()
+                .flat_map(|seen| self.layout.entry(seen.cluster, seen.word).to_bytes())
+                .collect();
+            (bytes, self.layout.entry_at(run[0].cluster))
+        });
+        let Some((first, at)) = pieces.next() else {
+            return Ok(());
+        };
+        self.write_at(&first, at)?;
+        let mut is_one = true;
+        for (bytes, at) in pieces {
+            self.write_at(&bytes, at)?;
+            is_one = false;
+        }
+        if !is_one {
+            return self.sync_or_fail(writer);
+        }
+        let synced = self.file.write_synced(&first, at);
+        self.expect_synced(writer, synced)
+    }
+
+    /// Writes the refcount 1 (`counted`) for those that have data and no refcount,
+    /// or 0 for those that have a refcount and no data. Those for which that is not
+    /// known get one in any case.
+    fn count(&self, writer: &mut Writer, seen: &[Seen], counted: bool) -> Result<()> {
+        let changed: Vec<Seen> = seen
+            .iter()
+            .filter(|seen| {
+                let is_right = contains(&writer.counted, seen.cluster) == counted
+                    && !contains(&writer.unsure, seen.cluster);
+                has_data(seen.word) == counted && !is_right
+            })
+            .map(|seen| Seen { ..*seen })
+            .collect();
+        for run in runs(&changed) {
+            let bytes = u16::from(counted).to_be_bytes().repeat(run.len());
+            let done = self.write_at(&bytes, self.layout.refcount_at(run[0].cluster));
+            for seen in run {
+                set(&mut writer.unsure, seen.cluster, done.is_err());
+                if done.is_ok() {
+                    set(&mut writer.counted, seen.cluster, counted);
+                }
+            }
+            done?;
+        }
+        Ok(())
+    }
+
+    fn sync_or_fail(&self, writer: &mut Writer) -> Result<()> {
+        self.expect_synced(writer, self.file.sync())
+    }
+
+    /// EIO, now and for ever, if a sync has failed.
+    fn expect_synced(&self, writer: &mut Writer, synced: io::Result<()>) -> Result<()> {
+        synced.map_err(|e| {
+            let reason = self.error(e, "syncing the overlay").to_string();
+            writer.failed = Some(reason.clone());
+            Error::new(libc::EIO, reason)
+        })
+    }
+}
+
+fn contains(marks: &Marks, cluster: GuestCluster) -> bool {
+    let bits = marks.get(&(cluster.0 / CLUSTERS_PER_GROUP));
+    bits.is_some_and(|bits| bits >> (cluster.0 % CLUSTERS_PER_GROUP) & 1 != 0)
+}
+
+fn set(marks: &mut Marks, cluster: GuestCluster, is_marked: bool) {
+    let group = cluster.0 / CLUSTERS_PER_GROUP;
+    let bit = 1 << (cluster.0 % CLUSTERS_PER_GROUP);
+    if is_marked {
+        *marks.entry(group).or_default() |= bit;
+    } else if let Some(bits) = marks.get_mut(&group) {
+        *bits &= !bit;
+    }
+}
+
+struct EndTurn<'a> {
+    turn: &'a Mutex<Turn>,
+    turn_over: &'a Condvar,
+    outcome: Option<(i32, String)>,
+}
+
+impl Drop for EndTurn<'_> {
+    fn drop(&mut self) {
+        let mut turn = locked(self.turn);
+        turn.ended = turn.started;
+        turn.outcome = self.outcome.take();
+        self.turn_over.notify_all();
+    }
+}
+
+/// The clusters from the first to the last marked one of each group: those in
+/// between go with them in one write.
+fn spans(marks: &Marks) -> impl Iterator<Item = GuestCluster> + '_ {
+    marks.iter().flat_map(|(group, bits)| {
+        let first = group * CLUSTERS_PER_GROUP;
+        let start = first + u64::from(bits.trailing_zeros());
+        let end = first + CLUSTERS_PER_GROUP - u64::from(bits.leading_zeros());
+        (start..end).map(GuestCluster)
+    })
+}
+
+/// `seen` cut into runs of clusters that follow each other.
+fn runs(seen: &[Seen]) -> impl Iterator<Item = &[Seen]> {
+    seen.chunk_by(|a, b| a.cluster.0 + 1 == b.cluster.0)
+}

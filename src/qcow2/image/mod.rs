@@ -1,0 +1,248 @@
+//! An image: made, checked, written to, flushed.
+//!
+//! # What is where, and when
+//!
+//! The block map in memory is what counts while the image is served. The file
+//! has the same map as L2 entries, as it was at the last flush. Data goes to its
+//! fixed place at once, where nobody looks for it until an entry says so.
+//!
+//! # The order of writes
+//!
+//! A flush
+//!
+//! 1. takes the clusters that have changed since the last one, and looks at their
+//!    words in the block map: what it sees now is what it writes in 4;
+//! 2. writes a refcount of 1 for each that has data and had none (and, the first time,
+//!    which export it is);
+//! 3. syncs: the data that the words speak of, and the refcounts;
+//! 4. writes the L2 entries;
+//! 5. syncs (those entries, at least);
+//! 6. writes a refcount of 0 for each that has no data any more.
+//!
+//! Whatever of it a crash leaves undone:
+//!
+//! - An entry in the file says *data* only after 3, and a block becomes *data* in
+//!   the map only after its bytes were written: so those bytes are there, and
+//!   never is a hole taken for a block.
+//! - A cluster with an entry has the refcount 1, because 3 is before 4 and 5 before
+//!   6. A refcount without an entry is a leak, which loses nothing; the next flush
+//!   of the next program that opens the image makes up for it ([`Image::load`]).
+//! - Entries are 16 bytes and do not straddle a sector, so each is old or new.
+//! - A discard punches its hole before its flush. Until 5 the file's entry may
+//!   still say *data*, and a crash then leaves zeroes, as the discard wanted.
+//!
+//! # No change is missed
+//!
+//! A block that becomes *data* or *zero* is changed in the map and marked as
+//! changed under one hold of a lock, which a flush takes to fetch the marks. So a
+//! request that finds a block in the state that it wants, and does nothing, is
+//! covered too: whoever brought the block there marked it in the same hold, and
+//! a flush that is asked for later fetches that mark (or an earlier flush has).
+//!
+//! # Locks
+//!
+//! `turn` (with its condition variable) decides who flushes and is held for
+//! moments only; `writer` is held through a flush, by the one whose turn it is;
+//! a shard of `changes` is the innermost of all: it is held while the block map
+//! changes, which takes no lock, and nothing else is taken under it. So is a shard of
+//! `reserved`, held while the file system takes space. Writers of data take their
+//! stripe before a shard, a flush takes no stripe.
+
+mod flush;
+mod load;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+
+use super::file::ImageFile;
+use super::header::Header;
+use super::layout::Layout;
+use crate::error::{Error, Result};
+use crate::sync::{Condvar, Mutex, MutexGuard};
+
+/// Changes are kept for so many clusters together, 1 KiB of L2 entries: a leaf
+/// of the block map.
+pub const CLUSTERS_PER_GROUP: u64 = 64;
+/// (Two are as many as the model checker needs.)
+const SHARDS: usize = if cfg!(loom) { 2 } else { 64 };
+
+/// By group: a bit for each of its clusters.
+type Marks = BTreeMap<u64, u64>;
+
+/// The words of one group.
+pub type Words = [u64; CLUSTERS_PER_GROUP as usize];
+
+/// See the module's documentation.
+pub struct Image<F> {
+    file: F,
+    path: PathBuf,
+    layout: Layout,
+    /// Clusters whose words have changed since they were last flushed.
+    changes: Vec<Mutex<Marks>>,
+    /// Groups whose tables have space: a bit each, by the number of 64 of them.
+    reserved: Vec<Mutex<Marks>>,
+    writer: Mutex<Writer>,
+    export: Mutex<Export>,
+    turn: Mutex<Turn>,
+    turn_over: Condvar,
+}
+
+/// The hash of the name of the export that the image keeps; 0: not known.
+struct Export {
+    /// In the file, at `at`.
+    recorded: u64,
+    at: u64,
+    /// To be recorded with what is written to it.
+    current: u64,
+}
+
+/// What only the one who flushes needs.
+struct Writer {
+    /// Clusters whose refcount in the file is 1.
+    counted: Marks,
+    /// Clusters that were leaked when the image was opened, until the first flush.
+    leaks: Marks,
+    /// Clusters whose refcount may be 0 or 1, whatever `counted` says: a write of it
+    /// failed, and may have been done in part. The next flush writes it, else it might
+    /// rely on a 1 that is not there.
+    unsure: Marks,
+    /// Set when a sync failed. The system may have thrown away what it could not
+    /// write, and would not say so a second time.
+    failed: Option<String>,
+}
+
+/// Flushes are numbered from 1 on.
+#[derive(Default)]
+struct Turn {
+    started: u64,
+    ended: u64,
+    /// Of the flush that ended last.
+    outcome: Option<(i32, String)>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is guarded changes in steps that each leave it whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<F: ImageFile> Image<F> {
+    /// Makes an image in `file`, which is empty. It is on the disk when this
+    /// returns. `path` is for messages.
+    pub fn create(file: F, path: &Path, header: &Header) -> Result<Self> {
+        let image = Self::new(file, path, header);
+        let layout = image.layout;
+        let be = |numbers: &mut dyn Iterator<Item = u64>| -> Vec<u8> {
+            numbers.flat_map(u64::to_be_bytes).collect()
+        };
+        image
+            .file
+            .set_size(layout.end)
+            .map_err(|e| image.error(e, &format!("making it {} bytes long", layout.end)))?;
+        image.write_at(&header.to_bytes(), 0)?;
+        image.write_at(
+            &be(&mut layout.refcount_table_entries()),
+            layout.refcount_table,
+        )?;
+        let ones = 1u16
+            .to_be_bytes()
+            .repeat(layout.metadata_clusters() as usize);
+        image.write_at(&ones, layout.refcount_blocks)?;
+        image.write_at(&be(&mut layout.l1_entries()), layout.l1)?;
+        image
+            .file
+            .sync()
+            .map_err(|e| image.error(e, "syncing it"))?;
+        Ok(image)
+    }
+
+    /// Checks what lies before the L2 tables; [`Image::load`] has to follow.
+    /// EINVAL, with what is wrong and where, if this filter can't go on with it.
+    pub fn open(file: F, path: &Path) -> Result<(Self, Header)> {
+        let failed = |e, tried: &str| Error::io(e, format!("{tried} {}", path.display()));
+        let len = file.size().map_err(|e| failed(e, "asking the length of"))?;
+        let mut bytes = vec![0; len.min(16 << 10) as usize];
+        file.read_at(&mut bytes, 0)
+            .map_err(|e| failed(e, "reading the header of"))?;
+        let header = Header::from_bytes(&bytes).map_err(|e| refusal(path, e))?;
+        let image = Self::new(file, path, &header);
+        let layout = image.layout;
+        if len < layout.end {
+            return Err(image.refused(format!(
+                "it is {len} bytes long, but should be {}: it was truncated, \
+                 or emptied by qemu-img commit (which keeps it as it is with -d)",
+                layout.end
+            )));
+        }
+        let pointers = layout.refcount_table_entries();
+        let (start, end) = (layout.refcount_table, layout.refcount_blocks);
+        image.expect_pointers("refcount table", start, end, pointers)?;
+        image.expect_pointers("L1 table", layout.l1, layout.l2, layout.l1_entries())?;
+        Ok((image, header))
+    }
+
+    fn new(file: F, path: &Path, header: &Header) -> Self {
+        Image {
+            file,
+            path: path.to_owned(),
+            layout: header.layout,
+            export: Mutex::new(Export {
+                recorded: header.export,
+                at: header.export_at,
+                current: header.export,
+            }),
+            changes: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            reserved: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            writer: Mutex::new(Writer {
+                counted: Marks::new(),
+                leaks: Marks::new(),
+                unsure: Marks::new(),
+                failed: None,
+            }),
+            turn: Mutex::default(),
+            turn_over: Condvar::new(),
+        }
+    }
+
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn file(&self) -> &F {
+        &self.file
+    }
+
+    fn refused(&self, what: impl std::fmt::Display) -> Error {
+        refusal(&self.path, what)
+    }
+
+    fn error(&self, source: io::Error, tried: &str) -> Error {
+        Error::io(
+            source,
+            format!("{tried} (cow-overlay={})", self.path.display()),
+        )
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.file.write_at(bytes, offset).map_err(|e| {
+            let tried = format!("writing {} bytes of tables at {offset:#x}", bytes.len());
+            self.error(e, &tried)
+        })
+    }
+
+    fn shard(&self, group: u64) -> &Mutex<Marks> {
+        &self.changes[(group % SHARDS as u64) as usize]
+    }
+}
+
+fn refusal(path: &Path, what: impl std::fmt::Display) -> Error {
+    Error::new(
+        libc::EINVAL,
+        format!("cow-overlay={} can't be used: {what}", path.display()),
+    )
+}
