@@ -29,7 +29,7 @@ must_find() {
     say "Model checking a copy with bugs ($bugs): this must fail"
     cp -R -- "$root"/{Cargo.toml,Cargo.lock,build.rs,include,src,tests} "$copy"
     for name in $bugs; do
-        patch -s -d "$copy" -p1 <"$root/tests/loom/$name.patch"
+        patch -s -F0 -d "$copy" -p1 <"$root/tests/loom/$name.patch"
     done
     forget_builds
     cargo test --test loom --no-run --manifest-path "$copy/Cargo.toml"

@@ -112,17 +112,16 @@ impl<F: ImageFile> Image<F> {
         let mut turn = locked(&self.turn);
         // The one that is under way may have fetched the marks already.
         let wanted = turn.started + 1;
+        turn.waiting += 1;
         while turn.started > turn.ended && turn.ended < wanted {
             turn = self
                 .turn_over
                 .wait(turn)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        if turn.ended >= wanted {
-            return match &turn.outcome {
-                None => Ok(()),
-                Some((errno, message)) => Err(Error::new(*errno, message.clone())),
-            };
+        turn.waiting -= 1;
+        if let Some(outcome) = turn.outcome_for(wanted) {
+            return outcome;
         }
         turn.started += 1;
         drop(turn);
@@ -131,10 +130,10 @@ impl<F: ImageFile> Image<F> {
         let mut ending = EndTurn {
             turn: &self.turn,
             turn_over: &self.turn_over,
-            outcome: Some((libc::EIO, "a flush did not end".to_string())),
+            failure: Some((libc::EIO, "a flush did not end".to_string())),
         };
         let done = self.flush_alone(word);
-        ending.outcome = done
+        ending.failure = done
             .as_ref()
             .err()
             .map(|error| (error.errno(), error.to_string()));
@@ -326,17 +325,34 @@ fn set(marks: &mut Marks, cluster: GuestCluster, is_marked: bool) {
     }
 }
 
+impl Turn {
+    /// What to tell one for whom the flush of number `wanted`, or any later one, is
+    /// good enough; none if no such flush has ended yet.
+    ///
+    /// Others may have ended by the time that one who waited gets to ask.
+    fn outcome_for(&self, wanted: u64) -> Option<Result<()>> {
+        if self.good >= wanted {
+            return Some(Ok(()));
+        }
+        let failure = self.failure.as_ref().filter(|_| self.ended >= wanted);
+        failure.map(|(errno, message)| Err(Error::new(*errno, message.clone())))
+    }
+}
+
 struct EndTurn<'a> {
     turn: &'a Mutex<Turn>,
     turn_over: &'a Condvar,
-    outcome: Option<(i32, String)>,
+    failure: Option<(i32, String)>,
 }
 
 impl Drop for EndTurn<'_> {
     fn drop(&mut self) {
         let mut turn = locked(self.turn);
         turn.ended = turn.started;
-        turn.outcome = self.outcome.take();
+        match self.failure.take() {
+            None => turn.good = turn.ended,
+            failure => turn.failure = failure,
+        }
         self.turn_over.notify_all();
     }
 }
@@ -355,4 +371,27 @@ fn spans(marks: &Marks) -> impl Iterator<Item = GuestCluster> + '_ {
 /// `seen` cut into runs of clusters that follow each other.
 fn runs(seen: &[Seen]) -> impl Iterator<Item = &[Seen]> {
     seen.chunk_by(|a, b| a.cluster.0 + 1 == b.cluster.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flush_that_one_waited_for_counts_whatever_became_of_later_ones() {
+        let turn = |good, ended| Turn {
+            started: ended,
+            ended,
+            good,
+            failure: Some((libc::ENOSPC, "full".to_string())),
+            waiting: 0,
+        };
+        let told = |turn: Turn| turn.outcome_for(2).map(|outcome| outcome.is_ok());
+        assert_eq!(told(turn(1, 1)), None);
+        assert_eq!(told(turn(1, 2)), Some(false));
+        assert_eq!(told(turn(1, 3)), Some(false));
+        assert_eq!(told(turn(2, 2)), Some(true));
+        assert_eq!(told(turn(2, 3)), Some(true));
+        assert_eq!(told(turn(3, 3)), Some(true));
+    }
 }

@@ -118,8 +118,13 @@ struct Writer {
 struct Turn {
     started: u64,
     ended: u64,
-    /// Of the flush that ended last.
-    outcome: Option<(i32, String)>,
+    /// The last one that was good. So was all that an earlier one was asked for, if
+    /// not before: a flush that fails leaves its marks to the next.
+    good: u64,
+    /// Why the last of the others was not.
+    failure: Option<(i32, String)>,
+    /// How many wait for the one that is under way.
+    waiting: usize,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -215,6 +220,11 @@ impl<F: ImageFile> Image<F> {
 
     pub fn file(&self) -> &F {
         &self.file
+    }
+
+    /// How many flushes have been asked for since the one began that is under way.
+    pub fn flushes_waiting(&self) -> usize {
+        locked(&self.turn).waiting
     }
 
     fn refused(&self, what: impl std::fmt::Display) -> Error {

@@ -2,7 +2,7 @@
 //! syncs they take. The one under way is held at each of its steps in turn.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -25,36 +25,12 @@ use Request::{Flush, Write, Zero};
 const BLOCK: u64 = SMALL_BLOCKS.1;
 const CLUSTER: u64 = 32 * BLOCK;
 
-/// A thread, in `/proc`.
-struct Watched(PathBuf);
-
-impl Watched {
-    fn this_thread() -> Self {
-        let name = fs::read_link("/proc/thread-self").expect("Linux has it");
-        Watched(Path::new("/proc").join(name))
-    }
-
-    /// If it sleeps: how often it has begun to.
-    fn sleeps(&self) -> Option<String> {
-        let status = fs::read_to_string(self.0.join("status")).expect("it lives");
-        let line = |name: &str| status.lines().find(|line| line.starts_with(name));
-        line("State:")?.contains('S').then_some(())?;
-        line("voluntary_ctxt_switches").map(String::from)
-    }
-}
-
-/// Returns once all of them sleep at the same time. Nobody who sleeps then is about to
-/// be woken by another of them, so all wait for the flush that is under way.
-fn wait_until_all_wait(threads: &[Watched]) {
+/// Returns once `is_so`: the interleaving that a test is about has happened then.
+fn wait_until(is_so: impl Fn() -> bool) {
     let start = Instant::now();
-    loop {
-        let look = || -> Vec<_> { threads.iter().map(Watched::sleeps).collect() };
-        let first = look();
-        if first.iter().all(Option::is_some) && first == look() {
-            return;
-        }
+    while !is_so() {
         let is_patient = start.elapsed() < Duration::from_secs(20);
-        assert!(is_patient, "not all of them wait");
+        assert!(is_patient, "it does not come to wait");
         thread::yield_now();
     }
 }
@@ -82,19 +58,10 @@ fn flush_beside(
         let first = scope.spawn(|| flush(&overlay, &recorder));
         recorder.gate().wait_for(1);
         meanwhile(disk);
-        let (sender, receiver) = mpsc::channel();
         let others: Vec<_> = (0..count)
-            .map(|_| {
-                let sender = sender.clone();
-                let (overlay, recorder) = (&overlay, &recorder);
-                scope.spawn(move || {
-                    sender.send(Watched::this_thread()).expect("received");
-                    flush(overlay, recorder)
-                })
-            })
+            .map(|_| scope.spawn(|| flush(&overlay, &recorder)))
             .collect();
-        let threads: Vec<_> = receiver.iter().take(count).collect();
-        wait_until_all_wait(&threads);
+        wait_until(|| overlay.store().image().flushes_waiting() == count);
         recorder.gate().assert_waiting(1);
         recorder.gate().open();
         let first = first.join().expect("no panic");
@@ -175,10 +142,15 @@ fn a_flush_waits_for_a_change_that_is_being_made() {
         });
         gate.wait_for(1);
         let flush = scope.spawn(|| {
-            sender.send(Watched::this_thread()).expect("received");
+            let thread = fs::read_link("/proc/thread-self").expect("Linux has it");
+            sender.send(thread).expect("received");
             image.flush(&|_| word.load(Ordering::SeqCst))
         });
-        wait_until_all_wait(&[receiver.recv().expect("sent")]);
+        let thread = Path::new("/proc").join(receiver.recv().expect("sent"));
+        wait_until(|| {
+            let status = fs::read_to_string(thread.join("status")).expect("it lives");
+            status.lines().any(|line| line.starts_with("State:\tS"))
+        });
         gate.open();
         change.join().expect("no panic").expect("a good change");
         flush.join().expect("no panic").expect("a good flush");
