@@ -38,8 +38,8 @@ pub struct Directory {
     segment_size: u64,
     can_punch: bool,
     can_zero_range: bool,
-    /// The file that the directory was tried with: the first overlay file. So one
-    /// can be had even if nbdkit becomes a user (`-u`) who may not make any here.
+    /// The first overlay file. So one can be had even if nbdkit becomes a user (`-u`)
+    /// who may not make any here.
     spare: Mutex<Option<File>>,
 }
 
@@ -82,11 +82,13 @@ impl Directory {
             can_punch: can_punch(&file),
             can_zero_range: sparse::zero_range(&file, 0, 4096).is_ok_and(|done| done),
             segment_size: segment_size(&file, largest)?,
-            spare: Mutex::default(),
+            // Not the one that was tried: ext4, XFS and btrfs allocate and write what
+            // a file holds when it is closed, if it was ever truncated. (They take it
+            // for one that was given new content.) That of an overlay is to be thrown
+            // away, and may be in a hundred thousand pieces.
+            spare: Mutex::new(Some(unnamed_file(&path)?)),
             path,
         };
-        // Nothing of the trial may be left in it.
-        file.set_len(0)?;
         log::debug!("overlay directory: {directory:?}");
         if !directory.can_punch {
             log::debug!(
@@ -94,7 +96,6 @@ impl Directory {
                 directory.path.display()
             );
         }
-        *directory.spare() = Some(file);
         Ok(directory)
     }
 
