@@ -75,9 +75,13 @@ pub fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<bool> {
     change_space(file, FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
 }
 
-/// Takes space for a hole, which stays zeroes. `false` as for [`punch`].
+/// Takes space for what is written there later; the bytes stay what they are. `false` as
+/// for [`punch`].
 pub fn reserve(file: &File, offset: u64, len: u64) -> io::Result<bool> {
-    change_space(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len)
+    let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    // What a copy of the file shares (`cp --reflink`) needs new space to be written.
+    let own = keep | FallocateFlags::FALLOC_FL_UNSHARE_RANGE;
+    Ok(change_space(file, own, offset, len)? || change_space(file, keep, offset, len)?)
 }
 
 fn change_space(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
@@ -95,6 +99,25 @@ fn change_space(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io
 /// As the system calls want it.
 fn file_offset(n: u64) -> io::Result<i64> {
     i64::try_from(n).map_err(|_| Errno::EFBIG.into())
+}
+
+/// Asks the file system (btrfs) not to copy on write: what we have stored must not
+/// need new space to be overwritten, or a block could be left torn when there is
+/// none. It works on empty files only; where it does not, nothing is lost.
+pub fn write_in_place(file: &File) {
+    // FS_IOC_GETFLAGS, FS_IOC_SETFLAGS and FS_NOCOW_FL of `<linux/fs.h>`.
+    const GET: libc::c_ulong = nix::request_code_read!(b'f', 1, size_of::<libc::c_long>()) as _;
+    const SET: libc::c_ulong = nix::request_code_write!(b'f', 2, size_of::<libc::c_long>()) as _;
+    const NOCOW: libc::c_int = 0x0080_0000;
+    let mut flags: libc::c_int = 0;
+    // SAFETY: both requests take the address of an int (whatever size their number
+    // was made from), which is that of `flags`; the descriptor is open.
+    unsafe {
+        if libc::ioctl(file.as_raw_fd(), GET as _, &raw mut flags) == 0 {
+            flags |= NOCOW;
+            libc::ioctl(file.as_raw_fd(), SET as _, &raw const flags);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -153,27 +153,8 @@ impl Directory {
 fn unnamed_file(directory: &Path) -> io::Result<File> {
     let file = tempfile::tempfile_in(directory)?;
     file.set_permissions(Permissions::from_mode(0o600))?;
-    write_in_place(&file);
+    sparse::write_in_place(&file);
     Ok(file)
-}
-
-/// Asks the file system (btrfs) not to copy on write: what we have stored must not
-/// need new space to be overwritten, or a block could be left torn when there is
-/// none. It works on empty files only; where it does not, nothing is lost.
-fn write_in_place(file: &File) {
-    // FS_IOC_GETFLAGS, FS_IOC_SETFLAGS and FS_NOCOW_FL of `<linux/fs.h>`.
-    const GET: libc::c_ulong = nix::request_code_read!(b'f', 1, size_of::<libc::c_long>()) as _;
-    const SET: libc::c_ulong = nix::request_code_write!(b'f', 2, size_of::<libc::c_long>()) as _;
-    const NOCOW: libc::c_int = 0x0080_0000;
-    let mut flags: libc::c_int = 0;
-    // SAFETY: both requests take the address of an int (whatever size their number
-    // was made from), which is that of `flags`; the descriptor is open.
-    unsafe {
-        if libc::ioctl(file.as_raw_fd(), GET as _, &raw mut flags) == 0 {
-            flags |= NOCOW;
-            libc::ioctl(file.as_raw_fd(), SET as _, &raw const flags);
-        }
-    }
 }
 
 /// Fails if a file of which two bytes were written takes more than half of its size.

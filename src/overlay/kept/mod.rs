@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::qcow2::header::Header;
 use crate::qcow2::image::Image;
 use crate::qcow2::layout::Layout;
+use crate::sparse;
 use backing::mtime_of;
 use place::Place;
 pub use store::KeptStore;
@@ -193,6 +194,8 @@ impl Kept {
         // The umask may have taken some of it away.
         file.set_permissions(Permissions::from_mode(0o600))
             .map_err(failed)?;
+        // Else btrfs needs new space for every change of a table.
+        sparse::write_in_place(&file);
         self.place.lock(&file)?;
         let image = Image::create(file, self.place.path(), &header)?;
         named.as_file().sync_all().map_err(failed)?;
