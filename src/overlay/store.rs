@@ -20,6 +20,7 @@ use super::directory::Directory;
 use super::kept::KeptStore;
 use crate::block::{BlockNum, ByteRange};
 use crate::error::{Error, Result};
+use crate::qcow2::image::Becomes;
 use crate::sparse;
 
 /// Where an overlay keeps its bytes. A trait, so that tests can make each
@@ -42,9 +43,9 @@ pub trait Store: Send + Sync {
     /// Whether [`Store::zero_range`] works here.
     fn can_zero_range(&self) -> bool;
 
-    /// To be called before bytes of `blocks` are written that are to be *data*: takes
-    /// the space that keeping note of them needs, if it needs any.
-    fn reserve(&self, _blocks: &Range<BlockNum>) -> Result<()> {
+    /// To be called before `blocks` change, and before bytes are written that are to be
+    /// *data*: takes the space that keeping note of it needs, if it needs any.
+    fn reserve(&self, _blocks: &Range<BlockNum>, _becomes: Becomes) -> Result<()> {
         Ok(())
     }
 
@@ -110,8 +111,8 @@ impl Store for Files {
     }
 
     #[inline(always)]
-    fn reserve(&self, blocks: &Range<BlockNum>) -> Result<()> {
-        either!(self, store => store.reserve(blocks))
+    fn reserve(&self, blocks: &Range<BlockNum>, becomes: Becomes) -> Result<()> {
+        either!(self, store => store.reserve(blocks, becomes))
     }
 
     #[inline(always)]

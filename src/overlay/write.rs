@@ -8,6 +8,7 @@ use crate::base::{Base, Extent};
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::{buffer, is_zero};
 use crate::error::Result;
+use crate::qcow2::image::Becomes;
 
 /// What a partial write puts into its block.
 #[derive(Clone, Copy)]
@@ -159,6 +160,7 @@ impl<S: Store> Overlay<S> {
                 let part = self.bytes_of(&run);
                 self.store_run(&run, &bytes[part.in_buffer(origin)], part.start)?;
             } else {
+                self.store.reserve(&run, Becomes::Zero)?;
                 self.publish(&run, BlockMap::set_zero_unless_data)?;
             }
             start = end;
@@ -168,7 +170,7 @@ impl<S: Store> Overlay<S> {
 
     /// Stores all the `bytes` of `blocks`, the first of which is at `offset`.
     fn store_run(&self, blocks: &Range<BlockNum>, bytes: &[u8], offset: u64) -> Result<()> {
-        self.store.reserve(blocks)?;
+        self.store.reserve(blocks, Becomes::Data)?;
         self.change(|store| store.write(bytes, offset))?;
         self.publish(blocks, BlockMap::set_data)
     }

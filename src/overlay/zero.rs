@@ -12,6 +12,7 @@ use super::{Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::error::{Error, Result};
+use crate::qcow2::image::Becomes;
 use crate::sync::Ordering;
 
 /// How many bytes of the disk are zeroed under one hold of the stripes.
@@ -49,6 +50,18 @@ const LARGE_PART: u64 = 1 << 20;
 
 fn is_large_part(piece: &Piece) -> bool {
     matches!(piece, Piece::Partial { bytes, .. } if bytes.len() > LARGE_PART)
+}
+
+/// Whoever trims because there is no space must not be stopped by that: NBD allows that
+/// a trim does nothing.
+fn forgiven(done: Result<()>, how: Zeroing) -> Result<()> {
+    match done {
+        Err(e) if how == Zeroing::Trim && is_full(&e) => {
+            log::debug!("trim: something keeps its old value: {e}");
+            Ok(())
+        }
+        done => done,
+    }
 }
 
 /// Whether an error says that there is no space.
@@ -91,14 +104,20 @@ impl<S: Store> Overlay<S> {
 
     fn zero_whole(&self, blocks: Range<BlockNum>, how: Zeroing) -> Result<()> {
         log::trace!("zero {blocks:?}, {how:?}");
+        if !how.may_trim() {
+            return self
+                .windows(blocks)
+                .try_for_each(|window| self.zero_and_keep(window));
+        }
+        // What has no space to be told of keeps nothing from being given back behind it.
+        let mut full = Ok(());
         for window in self.windows(blocks) {
-            if how.may_trim() {
-                self.discard(window)?;
-            } else {
-                self.zero_and_keep(window)?;
+            match self.discard(window) {
+                Err(e) if is_full(&e) => full = Err(e),
+                done => done?,
             }
         }
-        Ok(())
+        forgiven(full, how)
     }
 
     fn zero_part(
@@ -110,19 +129,39 @@ impl<S: Store> Overlay<S> {
     ) -> Result<()> {
         log::trace!("zero {bytes:?} of {block:?}, {how:?}");
         let may_trim = how.may_trim();
-        match self.modify(base, block, bytes, New::Zeroes { may_trim }) {
-            // Whoever trims because there is no space must not be stopped by that.
-            Err(e) if how == Zeroing::Trim && is_full(&e) => {
-                log::debug!("trim: {bytes:?} keep their old value: {e}");
-                Ok(())
-            }
-            done => done,
+        forgiven(
+            self.modify(base, block, bytes, New::Zeroes { may_trim }),
+            how,
+        )
+    }
+
+    /// Makes `blocks` *zero* and gives their space back. ENOSPC if there is no space to
+    /// keep note of that for all of them: those that have data are *zero* all the same.
+    fn discard(&self, blocks: Range<BlockNum>) -> Result<()> {
+        let _held = self.stripes.exclusive(&blocks);
+        match self.store.reserve(&blocks, Becomes::Zero) {
+            Err(e) if is_full(&e) => self.discard_with_data_first(blocks),
+            reserved => reserved.and_then(|()| self.discard_held(blocks)),
         }
     }
 
-    /// Makes `blocks` *zero* and gives their space back.
-    fn discard(&self, blocks: Range<BlockNum>) -> Result<()> {
-        let _held = self.stripes.exclusive(&blocks);
+    /// Of those that have data there is note already, and the space that they give back
+    /// may do for the others.
+    fn discard_with_data_first(&self, blocks: Range<BlockNum>) -> Result<()> {
+        for wanted in [State::Data, State::Base] {
+            for run in self.map.runs(blocks.clone()) {
+                let (state, run) = run?;
+                if state == wanted {
+                    self.store.reserve(&run, Becomes::Zero)?;
+                    self.discard_held(run)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The caller holds the stripes of `blocks`, and there is space for the note of it.
+    fn discard_held(&self, blocks: Range<BlockNum>) -> Result<()> {
         let hole = if self.has_strays.load(Ordering::Relaxed) {
             Some(blocks.clone())
         } else {
@@ -152,7 +191,7 @@ impl<S: Store> Overlay<S> {
     fn zero_and_keep(&self, blocks: Range<BlockNum>) -> Result<()> {
         let _held = self.stripes.shared(&blocks);
         let bytes = self.bytes_of(&blocks);
-        self.store.reserve(&blocks)?;
+        self.store.reserve(&blocks, Becomes::Data)?;
         if !self.change(|store| store.zero_range(bytes))? {
             self.write_zeroes(bytes)?;
         }

@@ -7,7 +7,7 @@ use super::super::{Overlay, Store};
 use crate::block::{BlockNum, ByteRange};
 use crate::error::{Error, Result};
 use crate::qcow2::file::ImageFile;
-use crate::qcow2::image::{CLUSTERS_PER_GROUP, Image};
+use crate::qcow2::image::{Becomes, CLUSTERS_PER_GROUP, Image};
 use crate::qcow2::layout::{BLOCKS_PER_CLUSTER, GuestCluster};
 use crate::sync::Ordering;
 
@@ -85,8 +85,8 @@ impl<F: ImageFile> Store for KeptStore<F> {
         self.can_zero_range
     }
 
-    fn reserve(&self, blocks: &Range<BlockNum>) -> Result<()> {
-        self.image.reserve(clusters_of(blocks))
+    fn reserve(&self, blocks: &Range<BlockNum>, becomes: Becomes) -> Result<()> {
+        self.image.reserve(clusters_of(blocks), becomes)
     }
 
     fn publish(

@@ -7,8 +7,8 @@ use std::sync::PoisonError;
 
 use super::super::file::ImageFile;
 use super::super::header::hash_of_export;
-use super::super::layout::{ENTRY_LEN, GuestCluster, REFCOUNT_LEN, has_data};
-use super::{CLUSTERS_PER_GROUP, Image, Marks, SHARDS, Turn, Writer, locked};
+use super::super::layout::{GuestCluster, has_data};
+use super::{CLUSTERS_PER_GROUP, Image, Marks, Turn, Writer, locked};
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex};
 
@@ -48,36 +48,6 @@ impl<F: ImageFile> Image<F> {
             .collect();
         if let Err(e) = self.count(writer, &seen, false) {
             log::debug!("clusters stay leaked: {e}");
-        }
-        Ok(())
-    }
-
-    /// Takes the space for the tables of `clusters` now, so that a full file system
-    /// makes the write fail that it has no room for, and not the flush which is to make
-    /// earlier ones safe. ENOSPC if there is none.
-    pub fn reserve(&self, clusters: Range<GuestCluster>) -> Result<()> {
-        let groups =
-            clusters.start.0 / CLUSTERS_PER_GROUP..clusters.end.0.div_ceil(CLUSTERS_PER_GROUP);
-        for group in groups {
-            let (key, bit) = (group / 64, 1 << (group % 64));
-            let mut reserved = locked(&self.reserved[(key % SHARDS as u64) as usize]);
-            let bits = reserved.entry(key).or_default();
-            if *bits & bit != 0 {
-                continue;
-            }
-            let first = GuestCluster(group * CLUSTERS_PER_GROUP);
-            let refcounts = self.layout.refcount_at(first);
-            let refcounts_end = refcounts + CLUSTERS_PER_GROUP * REFCOUNT_LEN;
-            let tables = [
-                (self.layout.entry_at(first), CLUSTERS_PER_GROUP * ENTRY_LEN),
-                (refcounts, refcounts_end.min(self.layout.l1) - refcounts),
-            ];
-            for (at, len) in tables {
-                self.file
-                    .reserve(at, len)
-                    .map_err(|e| self.error(e, "taking space for the tables of the overlay"))?;
-            }
-            *bits |= bit;
         }
         Ok(())
     }
@@ -165,20 +135,22 @@ impl<F: ImageFile> Image<F> {
         if marks.is_empty() {
             return self.sync_or_fail(&mut writer);
         }
-        while !marks.is_empty() {
-            let later = match marks.keys().nth(GROUPS_PER_PASS) {
-                Some(&group) => marks.split_off(&group),
-                None => Marks::new(),
-            };
+        // Last what may find no space: then the rest is safe by that time. (Who was let
+        // through without space is in `short` before it is in the marks.)
+        let short = locked(&self.short).clone();
+        let (unsure, sure): (Marks, Marks) = marks
+            .into_iter()
+            .partition(|(group, _)| short.contains(group));
+        let mut passes = passes(sure).chain(passes(unsure));
+        while let Some(marks) = passes.next() {
             if let Err(e) = self.flush_marked(&mut writer, &marks, word) {
                 // They are not in the file yet. Those that are lose nothing by
                 // being written again.
-                for (group, bits) in marks.into_iter().chain(later) {
+                for (group, bits) in marks.into_iter().chain(passes.flatten()) {
                     *locked(self.shard(group)).entry(group).or_default() |= bits;
                 }
                 return Err(e);
             }
-            marks = later;
         }
         Ok(())
     }
@@ -308,6 +280,18 @@ impl<F: ImageFile> Image<F> {
             Error::new(libc::EIO, reason)
         })
     }
+}
+
+/// `marks`, so many at once as a flush takes.
+fn passes(mut rest: Marks) -> impl Iterator<Item = Marks> {
+    std::iter::from_fn(move || {
+        let later = match rest.keys().nth(GROUPS_PER_PASS) {
+            Some(&group) => rest.split_off(&group),
+            None => Marks::new(),
+        };
+        let marks = std::mem::replace(&mut rest, later);
+        (!marks.is_empty()).then_some(marks)
+    })
 }
 
 fn contains(marks: &Marks, cluster: GuestCluster) -> bool {

@@ -82,6 +82,9 @@ impl<F: ImageFile> Image<F> {
                 }
                 let group = first.0 / CLUSTERS_PER_GROUP + i as u64;
                 let (words, counted) = self.check_group(group, entries, refcounts)?;
+                if !is_zero(entries) {
+                    self.note_present(group);
+                }
                 if counted != 0 {
                     writer.counted.insert(group, counted);
                     self.note_leaks(&mut writer, group, entries, counted, &words);

@@ -44,14 +44,15 @@
 //! `turn` (with its condition variable) decides who flushes and is held for
 //! moments only; `writer` is held through a flush, by the one whose turn it is;
 //! a shard of `changes` is the innermost of all: it is held while the block map
-//! changes, which takes no lock, and nothing else is taken under it. So is a shard of
-//! `reserved`, held while the file system takes space. Writers of data take their
-//! stripe before a shard, a flush takes no stripe.
+//! changes, which takes no lock, and nothing else is taken under it. So are a shard of
+//! `reserved`, `present` and `short`, each held for moments. Who changes blocks takes
+//! their stripe before a shard, a flush takes no stripe.
 
 mod flush;
 mod load;
+mod space;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
@@ -61,6 +62,7 @@ use super::header::Header;
 use super::layout::Layout;
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex, MutexGuard};
+pub use space::Becomes;
 
 /// Changes are kept for so many clusters together, 1 KiB of L2 entries: a leaf
 /// of the block map.
@@ -81,8 +83,13 @@ pub struct Image<F> {
     layout: Layout,
     /// Clusters whose words have changed since they were last flushed.
     changes: Vec<Mutex<Marks>>,
-    /// Groups whose tables have space: a bit each, by the number of 64 of them.
+    /// Groups whose tables have been given space: a bit each, by the number of 64 of
+    /// them.
     reserved: Vec<Mutex<Marks>>,
+    /// Groups that had entries when the image was opened, in the same way.
+    present: Mutex<Marks>,
+    /// Groups that have changed though they could not be given space.
+    short: Mutex<BTreeSet<u64>>,
     writer: Mutex<Writer>,
     export: Mutex<Export>,
     turn: Mutex<Turn>,
@@ -199,6 +206,8 @@ impl<F: ImageFile> Image<F> {
             }),
             changes: (0..SHARDS).map(|_| Mutex::default()).collect(),
             reserved: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            present: Mutex::default(),
+            short: Mutex::default(),
             writer: Mutex::new(Writer {
                 counted: Marks::new(),
                 leaks: Marks::new(),

@@ -17,4 +17,5 @@ mod random;
 mod reader;
 mod recorder;
 mod scripts;
+mod space;
 mod stress;

@@ -2,6 +2,7 @@
 //! and can be held in the middle.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nbdkit_cow_filter::qcow2::file::ImageFile;
@@ -73,6 +74,7 @@ struct Inner {
     fault: Mutex<Option<Fault>>,
     hold: Mutex<Option<Hold>>,
     gate: Gate,
+    is_full: AtomicBool,
 }
 
 #[derive(Clone, Default)]
@@ -129,6 +131,11 @@ impl Recorder {
 
     pub fn fail(&self, fault: Option<Fault>) {
         *self.0.fault.lock().expect("no test thread died") = fault;
+    }
+
+    /// From now on no space can be taken in advance.
+    pub fn fill_up(&self) {
+        self.0.is_full.store(true, Ordering::SeqCst);
     }
 
     /// From now on that step has to wait at the gate.
@@ -237,6 +244,13 @@ impl ImageFile for Recorder {
     fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let bytes = buf.to_vec();
         self.step(Step::WriteSynced, Some(Change::Write { offset, bytes }))
+    }
+
+    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        match self.0.is_full.load(Ordering::SeqCst) {
+            true => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            false => Ok(()),
+        }
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {

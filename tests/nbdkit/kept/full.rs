@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::{assert_says, check, check_after_a_crash, compare, text};
 use crate::full::FILL_UP;
+use crate::harness::command::run;
 use crate::harness::mount::Mount;
 use crate::harness::{Base, Server, Setup, noise, scratch};
 
@@ -33,12 +34,14 @@ impl Kept {
     }
 
     fn serve(&self) -> Server {
-        Setup::new().start(&[
-            "file",
-            self.base.path(),
-            &format!("cow-overlay={}", text(&self.overlay())),
-            &format!("cow-block-size={}", self.block),
-        ])
+        self.serve_with(&[])
+    }
+
+    fn serve_with(&self, parameters: &[&str]) -> Server {
+        let overlay = format!("cow-overlay={}", text(&self.overlay()));
+        let block = format!("cow-block-size={}", self.block);
+        let plugin = ["file", self.base.path(), &overlay, &block];
+        Setup::new().start(&[&plugin, parameters].concat())
     }
 
     /// A file that code which has it in `ARGS[1]` writes the expected bytes to.
@@ -46,8 +49,11 @@ impl Kept {
         self.files.path().join("expected")
     }
 
+    /// Runs `code` with the block size, that file, and the image's directory.
     fn client(&self, server: &Server, code: &str) {
-        server.nbdsh_with(&[self.block, text(&self.expected())], code);
+        let expected = self.expected();
+        let arguments = [self.block, text(&expected), text(self.mount.path())];
+        server.nbdsh_with(&arguments, code);
     }
 }
 
@@ -109,18 +115,15 @@ fn a_full_ext4_costs_nothing_that_was_acknowledged_or_flushed() {
     fills_up_and_goes_on(mount, "4096");
 }
 
-/// Takes all the space that there is while `h` has something to flush: trimmed blocks
-/// whose L2 entries lie in pages that the file does not have yet. (Nothing is taken for
-/// those before: a trim has to work on a full file system.)
-const FLUSH_INTO_NOTHING: &str = r#"
-    STEP = 32 * M
-    h.pwrite(noise(3 * 512, 1), 100)
-    h.flush()
-    content = bytearray(h.get_size())
-    content[100:1636] = noise(1536, 1)
-    open(ARGS[1], "wb").write(content)
-    for place in [STEP - 70_000, STEP, 3 * STEP]:
-        h.trim(4096, place // 512 * 512)
+#[test]
+fn a_full_btrfs_costs_nothing_that_was_acknowledged_or_flushed() {
+    let mount = Mount::formatted("btrfs");
+    mount.leave_free(16 << 20);
+    fills_up_and_goes_on(mount, "4096");
+}
+
+/// Code that takes all the space there is in the directory `ARGS[2]`.
+const FILL: &str = r#"
     filler = os.path.join(ARGS[2], "filler")
     with open(filler, "wb", buffering=0) as file:
         for chunk in [M, 4 * K]:
@@ -131,9 +134,139 @@ const FLUSH_INTO_NOTHING: &str = r#"
                 assert error.errno == errno.ENOSPC
 "#;
 
+/// A trim, zeroes and a read that is to be saved need space for tables that was not
+/// taken yet. Others need theirs to be flushed, and have it.
+#[test]
+fn what_finds_no_space_for_tables_keeps_no_other_from_being_flushed() {
+    let base = Base::sparse(1 << 30, &[(1 << 20, &[7; 4096])]);
+    let kept = Kept::new(base, Mount::tmpfs("8M"), "4096");
+    let server = kept.serve_with(&["cow-on-read=true"]);
+    let code = format!(
+        "{}{FILL}{}",
+        r#"
+    AT = 900 * M
+    h.pwrite(noise(M, 1), AT)
+    h.flush()
+    h.pwrite(noise(M, 2), AT + M)
+    "#,
+        r#"
+    for place in [0, M, 700 * M]:
+        refused("ENOSPC", h.pwrite, bytes(64 * K), place)
+        refused("ENOSPC", h.zero, 64 * K, place)
+        refused("ENOSPC", h.zero, 64 * K, place, nbd.CMD_FLAG_NO_HOLE)
+        h.trim(64 * K, place)
+        h.pread(64 * K, place)
+    same(h.pread(4096, M), b"\x07" * 4096)
+    h.flush()
+    h.pwrite(noise(5000, 3), AT + 100, FUA)
+    with open(ARGS[1], "wb") as file:
+        for place, content in [
+            (M, b"\x07" * 4096), (AT, noise(M, 1) + noise(M, 2)), (AT + 100, noise(5000, 3))
+        ]:
+            file.seek(place)
+            file.write(content)
+        file.truncate(h.get_size())
+    "#
+    );
+    kept.client(&server, &code);
+    server.kill();
+    check(&kept.overlay());
+    compare(&kept.overlay(), &kept.expected());
+
+    // Zeroes everywhere make their own room.
+    let server = kept.serve();
+    kept.client(
+        &server,
+        r#"
+        refused("ENOSPC", h.zero, 64 * K, 0)
+        h.zero(h.get_size(), 0)
+        h.flush()
+        for start in range(0, h.get_size(), 32 * M):
+            same(h.pread(32 * M, start), bytes(32 * M))
+        "#,
+    );
+    server.stop();
+    check(&kept.overlay());
+}
+
+/// What is trimmed has tables, and needs no space.
+#[test]
+fn a_trim_makes_room_in_an_image_that_was_resumed_on_a_full_xfs() {
+    let mount = Mount::formatted("xfs");
+    mount.leave_free(16 << 20);
+    let kept = Kept::new(Base::new(&noise(1, 64 << 20)), mount, "4096");
+    let server = kept.serve();
+    let code = format!("\n    h.pwrite(noise(8 * M, 1), 0)\n    h.flush()\n{FILL}");
+    kept.client(&server, &code);
+    server.stop();
+    let server = kept.serve();
+    kept.client(
+        &server,
+        r#"
+        refused("ENOSPC", h.pwrite, noise(M, 2), 20 * M)
+        h.trim(8 * M, 0)
+        h.flush()
+        h.pwrite(noise(4 * M, 2), 40 * M)
+        h.flush()
+        content = bytearray(read(h))
+        same(content[:8 * M], bytes(8 * M))
+        same(content[40 * M:44 * M], noise(4 * M, 2))
+        open(ARGS[1], "wb").write(content)
+        "#,
+    );
+    server.kill();
+    check(&kept.overlay());
+    compare(&kept.overlay(), &kept.expected());
+}
+
+/// The copy has the same tables, until one of the two writes to them.
+#[test]
+fn an_image_that_was_copied_by_reference_has_space_for_its_tables_again() {
+    let kept = Kept::new(
+        Base::new(&noise(1, 64 << 20)),
+        Mount::formatted("xfs"),
+        "4096",
+    );
+    let server = kept.serve();
+    kept.client(
+        &server,
+        "for place in range(0, 64 * M, M): h.pwrite(noise(64 * K, place), place)",
+    );
+    server.stop();
+    let copy = kept.mount.path().join("copy.qcow2");
+    run(&["cp", "--reflink=always", text(&kept.overlay()), text(&copy)]);
+    let server = kept.serve();
+    let code = format!(
+        "\n    h.pwrite(noise(64 * K, 1), 3 * M + 64 * K)\n{FILL}{}",
+        r#"
+    h.flush()
+    open(ARGS[1], "wb").write(read(h))
+    "#
+    );
+    kept.client(&server, &code);
+    server.kill();
+    check(&kept.overlay());
+    compare(&kept.overlay(), &kept.expected());
+    check(&copy);
+}
+
+/// Takes all the space that there is while `h` has something to flush: trimmed blocks
+/// whose L2 entries lie in pages that the file does not have yet. (The file system is
+/// one where space can't be taken before.)
+const FLUSH_INTO_NOTHING: &str = r#"
+    STEP = 32 * M
+    h.pwrite(noise(3 * 512, 1), 100)
+    h.flush()
+    content = bytearray(h.get_size())
+    content[100:1636] = noise(1536, 1)
+    open(ARGS[1], "wb").write(content)
+    for place in [STEP - 70_000, STEP, 3 * STEP]:
+        h.trim(4096, place // 512 * 512)
+"#;
+
 fn with_a_page_missing() -> Kept {
     let base = Base::sparse(128 << 20, &[]);
-    Kept::new(base, Mount::tmpfs("8M"), "512")
+    Kept::new(base, Mount::formatted("ext3"), "512")
 }
 
 #[test]
@@ -141,7 +274,7 @@ fn a_flush_that_has_no_space_for_its_tables_can_be_tried_again() {
     let kept = with_a_page_missing();
     let server = kept.serve();
     let code = format!(
-        "{FLUSH_INTO_NOTHING}{}",
+        "{FLUSH_INTO_NOTHING}{FILL}{}",
         r#"
     for _ in range(3):
         refused("ENOSPC", h.flush)
@@ -153,8 +286,7 @@ fn a_flush_that_has_no_space_for_its_tables_can_be_tried_again() {
     h.flush()
     "#
     );
-    let mount = text(kept.mount.path()).to_string();
-    server.nbdsh_with(&[kept.block, text(&kept.expected()), &mount], &code);
+    kept.client(&server, &code);
     // Nothing is left for a last flush to do: a crash is as good.
     server.kill();
     check(&kept.overlay());
@@ -165,11 +297,7 @@ fn a_flush_that_has_no_space_for_its_tables_can_be_tried_again() {
 fn an_end_without_space_says_that_the_image_is_incomplete() {
     let kept = with_a_page_missing();
     let server = kept.serve();
-    let mount = text(kept.mount.path()).to_string();
-    server.nbdsh_with(
-        &[kept.block, text(&kept.expected()), &mount],
-        FLUSH_INTO_NOTHING,
-    );
+    kept.client(&server, &format!("{FLUSH_INTO_NOTHING}{FILL}"));
     let said = server.stop_and_tell();
     let words = [
         text(&kept.overlay()),

@@ -1,0 +1,107 @@
+//! Space for the tables, taken before a block changes whose change they are to keep: a
+//! full file system then makes that request fail, and not the flush that is to make it,
+//! and all that was answered before it, safe.
+
+use std::ops::Range;
+
+use super::super::file::ImageFile;
+use super::super::layout::{ENTRY_LEN, GuestCluster, REFCOUNT_LEN};
+use super::{CLUSTERS_PER_GROUP, Image, Marks, SHARDS, locked};
+use crate::error::Result;
+use crate::sync::Mutex;
+
+/// Groups that are remembered together, as the bits of a word.
+const GROUPS_PER_WORD: u64 = 64;
+
+/// What the blocks of a cluster are to become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Becomes {
+    Data,
+    Zero,
+}
+
+impl<F: ImageFile> Image<F> {
+    /// Takes the space for the tables of `clusters`. ENOSPC if there is none.
+    ///
+    /// A discard is let through where there is an entry already: it has space, unless a
+    /// copy of the file shares it (or the file system asks for more than it needs), and
+    /// who discards may do so to make room. Flushes write those entries last.
+    ///
+    /// No lock is held while the file system works. Two who take the same space do no
+    /// harm.
+    pub fn reserve(&self, clusters: Range<GuestCluster>, becomes: Becomes) -> Result<()> {
+        let groups =
+            clusters.start.0 / CLUSTERS_PER_GROUP..clusters.end.0.div_ceil(CLUSTERS_PER_GROUP);
+        for key in groups.start / GROUPS_PER_WORD..groups.end.div_ceil(GROUPS_PER_WORD) {
+            let first = key * GROUPS_PER_WORD;
+            let from = groups.start.max(first) - first;
+            let to = groups.end.min(first + GROUPS_PER_WORD) - first;
+            let wanted = (u64::MAX >> (GROUPS_PER_WORD - (to - from))) << from;
+            let reserved = locked(self.reserved(key)).get(&key).copied();
+            let missing = wanted & !reserved.unwrap_or(0);
+            if missing != 0 {
+                self.reserve_missing(key, missing, becomes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Does it for the groups of word `key` whose bits are in `missing`.
+    #[cold]
+    fn reserve_missing(&self, key: u64, missing: u64, becomes: Becomes) -> Result<()> {
+        let first = key * GROUPS_PER_WORD;
+        let start = first + u64::from(missing.trailing_zeros());
+        let end = first + GROUPS_PER_WORD - u64::from(missing.leading_zeros());
+        let numbers = (first..first + GROUPS_PER_WORD).filter(|n| missing >> (n - first) & 1 != 0);
+        match self.take_space(start..end) {
+            Ok(()) => {
+                *locked(self.reserved(key)).entry(key).or_default() |= missing;
+                let mut short = locked(&self.short);
+                for group in numbers {
+                    short.remove(&group);
+                }
+                Ok(())
+            }
+            Err(e) => {
+                let present = locked(&self.present).get(&key).copied().unwrap_or(0);
+                if becomes == Becomes::Data || missing & !present != 0 {
+                    return Err(e);
+                }
+                log::debug!("discards all the same: {e}");
+                locked(&self.short).extend(numbers);
+                Ok(())
+            }
+        }
+    }
+
+    /// For all tables of `groups`, in one piece each.
+    fn take_space(&self, groups: Range<u64>) -> Result<()> {
+        let first = GuestCluster(groups.start * CLUSTERS_PER_GROUP);
+        let clusters = (groups.end - groups.start) * CLUSTERS_PER_GROUP;
+        let entries = self.layout.entry_at(first);
+        let entries_end = entries + clusters * ENTRY_LEN;
+        let refcounts = self.layout.refcount_at(first);
+        let refcounts_end = refcounts + clusters * REFCOUNT_LEN;
+        // The last group may not be whole.
+        for (at, end) in [
+            (entries, entries_end.min(self.layout.data)),
+            (refcounts, refcounts_end.min(self.layout.l1)),
+        ] {
+            self.file
+                .reserve(at, end - at)
+                .map_err(|e| self.error(e, "taking space for the tables of the overlay"))?;
+        }
+        Ok(())
+    }
+
+    /// Takes note, while the image is loaded, that a group has entries.
+    pub(super) fn note_present(&self, group: u64) {
+        *locked(&self.present)
+            .entry(group / GROUPS_PER_WORD)
+            .or_default() |= 1 << (group % GROUPS_PER_WORD);
+    }
+
+    fn reserved(&self, key: u64) -> &Mutex<Marks> {
+        &self.reserved[(key % SHARDS as u64) as usize]
+    }
+}
