@@ -83,6 +83,27 @@ fn zeroes_can_keep_their_space(mount: &Mount, fast: bool) {
     assert!(kept >= 3 << 20, "{kept} bytes keep the space of 3 MB");
 }
 
+/// A file that was ever truncated is written out when it is closed (ext4 and XFS take it
+/// for one that was replaced), even if it goes away with that: in the many pieces of an
+/// overlay this takes minutes.
+#[test]
+fn what_is_thrown_away_is_not_written_to_the_disk() {
+    for kind in ["ext4", "xfs"] {
+        let mount = Mount::formatted(kind);
+        let base = Base::sparse(32 << 20, &[]);
+        // The kernel may write what it likes at any time, or somebody says `sync`: but
+        // not each time within a moment.
+        let is_kept_back = || {
+            let server = serve(&mount, &base, &[]);
+            let before = mount.bytes_written();
+            server.nbdsh("for place in range(0, 16 * M, 8 * K): h.pwrite(noise(4 * K, 1), place)");
+            server.stop();
+            mount.bytes_written() - before < 4 << 20
+        };
+        assert!((0..8).any(|_| is_kept_back()), "{kind} wrote the overlay");
+    }
+}
+
 macro_rules! on_each {
     ($($kind:ident: $mount:expr, $fast:expr;)*) => {$(
         mod $kind {

@@ -100,6 +100,20 @@ impl Mount {
         }
     }
 
+    /// How much the device below it has been given to write so far.
+    pub fn bytes_written(&self) -> u64 {
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("Linux has it");
+        let device = mounts
+            .lines()
+            .map(|line| line.split(' ').collect::<Vec<_>>())
+            .find(|fields| Path::new(fields[1]) == self.point)
+            .map(|fields| fields[0].replace("/dev/", "/sys/block/"))
+            .expect("it is mounted");
+        let stat = fs::read_to_string(Path::new(&device).join("stat")).expect("a loop device");
+        let sectors = stat.split_whitespace().nth(6).expect("eleven numbers");
+        512 * sectors.parse::<u64>().expect("a number")
+    }
+
     /// Unmounts, and fails if that does not work: what was written is then in the image.
     pub fn unmount(self) {
         assert!(
