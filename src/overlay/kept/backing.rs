@@ -49,7 +49,8 @@ impl Kept {
         }
         // The export's own size is not known before nbdkit is in the background.
         if let Backing::File(path) = backing {
-            self.expect_made_for(self.size_of(path)?, header.layout.disk_size())?;
+            // (What QEMU may have written is not known yet either.)
+            self.expect_made_for(self.size_of(path)?, header.layout.disk_size(), true)?;
         }
         let now = recorded_file.as_deref().and_then(mtime_of);
         let was_modified = matches!((header.mtime, now), (Some(then), Some(now)) if then != now);
@@ -108,11 +109,17 @@ impl Kept {
         Ok(name)
     }
 
-    pub(super) fn expect_made_for(&self, size: u64, overlay: u64) -> Result<()> {
+    /// `has_content`: as far as is known, something was written to the image.
+    pub(super) fn expect_made_for(&self, size: u64, overlay: u64, has_content: bool) -> Result<()> {
         if overlay == size {
             return Ok(());
         }
-        let hint = if size == overlay.next_multiple_of(SECTOR) {
+        let hint = if !has_content {
+            // A client of another export may only have looked.
+            " (nothing was written to it so far: if that is still so when nbdkit has \
+              ended, it can be removed, and is made anew)"
+                .to_string()
+        } else if size == overlay.next_multiple_of(SECTOR) {
             format!(
                 " (qemu-img commit makes it a whole number of sectors: \
                  cut it with truncate -s {overlay})"

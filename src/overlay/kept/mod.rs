@@ -164,7 +164,8 @@ impl Kept {
             self.set(self.make(size)?);
         }
         let overlay = self.overlay.get().expect("set above");
-        self.expect_made_for(size, overlay.size())?;
+        let has_content = !overlay.is_untouched() || image_of(overlay).records_export();
+        self.expect_made_for(size, overlay.size(), has_content)?;
         Ok(overlay)
     }
 

@@ -231,6 +231,11 @@ impl<F: ImageFile> Image<F> {
         &self.file
     }
 
+    /// Whether it says in the file which export it keeps: something was flushed to it.
+    pub fn records_export(&self) -> bool {
+        locked(&self.export).recorded != 0
+    }
+
     /// How many flushes have been asked for since the one began that is under way.
     pub fn flushes_waiting(&self) -> usize {
         locked(&self.turn).waiting

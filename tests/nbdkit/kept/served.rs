@@ -2,9 +2,11 @@
 
 use std::fs::{self, File};
 
-use super::small::{base, expected, kept_in, read_by_qemu, serve, two_exports, write_through};
+use super::small::{
+    SIZE, base, expected, kept_in, read_by_qemu, serve, two_exports, write_through,
+};
 use super::{assert_says, check, text};
-use crate::harness::{Server, Setup, scratch};
+use crate::harness::{Server, Setup, noise, scratch};
 
 #[test]
 fn an_image_keeps_its_export_also_the_next_time() {
@@ -66,6 +68,39 @@ fn a_client_that_only_looked_does_not_keep_others_out() {
     );
     server.stop();
     assert!(read_by_qemu(base.directory(), "diff.qcow2") == expected());
+}
+
+/// The first client decides how large the image is, also if it takes the wrong export.
+#[test]
+fn an_image_that_was_made_for_one_who_only_looked_is_said_to_be_empty() {
+    let directory = scratch();
+    let [dir, _] = two_exports(directory.path());
+    let larger = directory.path().join("files/larger");
+    fs::write(larger, noise(3, 2 * SIZE)).unwrap();
+    let overlay = directory.path().join("diff.qcow2");
+    let kept = kept_in(directory.path(), "diff.qcow2");
+    let plugin = ["file", &dir, &kept, "cow-backing=nbd:localhost:1"];
+    let said = |code: &str| {
+        let server = Server::start(&plugin);
+        server.python(code);
+        server.stop_and_tell()
+    };
+    let refused = "refused('ENOENT', connect, 'one')";
+    let (sizes, hint) = (["600000 bytes", "300000"], "can be removed");
+    let looked = format!("assert connect('larger').get_size() == 600_000; {refused}");
+    for code in [&looked, refused] {
+        assert_says(&said(code), &[&sizes[..], &[hint]].concat());
+    }
+    // Something is in it, for those who are here and for those who come later.
+    let wrote = format!("connect('larger').pwrite(b'mine', 5000); {refused}");
+    for code in [&wrote, refused] {
+        let said = said(code);
+        assert_says(&said, &sizes);
+        assert!(!said.contains(hint), "{said}");
+    }
+    // What the hint says to do helps.
+    fs::remove_file(&overlay).unwrap();
+    assert_eq!(said("connect('one').pwrite(b'mine', 5000)"), "");
 }
 
 /// nbdkit is in the background by then, and its parent waits for the command.
