@@ -3,10 +3,10 @@
 use std::fs;
 use std::process::{Child, Stdio};
 
+use super::small::{SIZE, base, serve};
 use super::{Disk, Seal, assert_says, attempt, compare, text};
-use crate::harness::Setup;
 use crate::harness::command::{LIMIT, command, eventually, kill_group, spawn, wait};
-use crate::harness::run;
+use crate::harness::{Setup, noise, run};
 
 fn disk() -> Disk {
     let disk = Disk::new((3 << 20) + 512, 4096);
@@ -111,6 +111,34 @@ fn what_only_reads_and_says_so_works_while_it_is_served() {
     disk.client(&server, 3, "disk.check().run(20).check().save()");
     server.stop();
     disk.assert_sound();
+}
+
+/// As the manual says: what is in a block that the image has is written in place.
+#[test]
+fn what_is_read_while_it_is_served_is_flushed_or_newer() {
+    let base = base();
+    let overlay = base.directory().join("diff.qcow2");
+    let server = serve(base.path(), text(&overlay));
+    let shown = |code: &str| {
+        server.nbdsh(code);
+        let out = base.directory().join("out.raw");
+        let words = ["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw"];
+        run(&[&words[..], &[text(&overlay), text(&out)]].concat());
+        let mut bytes = fs::read(out).unwrap();
+        bytes.truncate(SIZE);
+        bytes
+    };
+    let mut expected = noise(1, SIZE);
+    expected[..4096].fill(1);
+    assert!(shown("h.pwrite(bytes([1]) * 4096, 0); h.flush()") == expected);
+    expected[..4096].fill(2);
+    let both = "h.pwrite(bytes([2]) * 4096, 0); h.pwrite(bytes([3]) * 4096, 8192)";
+    assert!(shown(both) == expected);
+    expected[..4096].fill(0);
+    assert!(shown("h.trim(4096, 0)") == expected);
+    expected[8192..12288].fill(3);
+    assert!(shown("h.flush()") == expected);
+    server.stop();
 }
 
 struct Holder(Child);
