@@ -1,10 +1,10 @@
 //! Where the image is made, and over what it is never made.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use super::small::{base, expected, read_by_qemu, serve, write_through};
-use super::{Seal, assert_refused, assert_says, check, text};
+use super::{Seal, assert_refused, assert_says, check, text, wait_until_unlocked};
 use crate::harness::command::{command, outcome};
 use crate::harness::setup::library;
 use crate::harness::{Setup, noise, run, run_in, scratch};
@@ -123,6 +123,46 @@ fn a_file_that_may_not_be_written_to_is_refused() {
     );
     assert_says(&ended.stderr, &[text(&overlay), "Permission denied"]);
     assert_eq!(Seal::of(&overlay), before);
+}
+
+/// nbdkit becomes another user after it has opened an image, and before it makes one.
+#[test]
+fn the_user_of_minus_u_makes_the_image_and_need_not_own_one_that_exists() {
+    let base = base();
+    let directory = base.directory();
+    let overlay = directory.join("diff.qcow2");
+    let kept = format!("cow-overlay={}", text(&overlay));
+    let allow = |mode| fs::set_permissions(directory, fs::Permissions::from_mode(mode)).unwrap();
+    let as_nobody = |shell| {
+        let setup = Setup::new().option("-unobody");
+        setup.run(&["file", base.path(), &kept], shell)
+    };
+    let read = "qemu-io -f raw -c 'read -P 7 100000 5000' $uri";
+    allow(0o755);
+    let refused = as_nobody(read);
+    assert!(!refused.status.success(), "{}", refused.stdout);
+    assert_says(&refused.stderr, &[text(&overlay), "Permission denied"]);
+    assert!(!overlay.exists());
+
+    let server = serve(base.path(), text(&overlay));
+    write_through(&server.uri());
+    server.stop();
+    let resumed = as_nobody(read);
+    assert!(
+        resumed.stdout.contains("read 5000/5000"),
+        "{}",
+        resumed.stderr
+    );
+    assert!(!resumed.stdout.contains("failed"), "{}", resumed.stdout);
+    wait_until_unlocked(&overlay);
+
+    fs::remove_file(&overlay).unwrap();
+    allow(0o777);
+    let made = as_nobody("true");
+    assert!(made.status.success(), "{}", made.stderr);
+    wait_until_unlocked(&overlay);
+    assert_ne!(fs::metadata(&overlay).unwrap().uid(), 0);
+    check(&overlay);
 }
 
 /// A link to an image stands for it, as it does for QEMU: the base is looked for
