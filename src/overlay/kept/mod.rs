@@ -202,7 +202,10 @@ impl Kept {
         named.as_file().sync_all().map_err(failed)?;
         named
             .persist_noclobber(self.place.path())
-            .map_err(|e| failed(e.error))?;
+            .map_err(|e| match e.error.kind() {
+                io::ErrorKind::AlreadyExists => self.place.was_made_meanwhile(),
+                _ => failed(e.error),
+            })?;
         File::open(self.place.directory())
             .and_then(|directory| directory.sync_all())
             .map_err(|e| self.place.failed(e, "syncing its directory"))?;

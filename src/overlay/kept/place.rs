@@ -43,6 +43,18 @@ impl Place {
         )
     }
 
+    /// There was nothing at the path when nbdkit started.
+    pub fn was_made_meanwhile(&self) -> Error {
+        Error::new(
+            libc::EEXIST,
+            format!(
+                "cow-overlay={} was made by another program meanwhile: \
+                 start nbdkit again to go on with it",
+                self.path.display()
+            ),
+        )
+    }
+
     pub fn directory(&self) -> &Path {
         // Absolute, so there is one, except for "/", which is no regular file.
         self.path.parent().unwrap_or(Path::new("/"))

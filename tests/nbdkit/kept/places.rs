@@ -3,11 +3,11 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-use super::small::{base, expected, read_by_qemu, serve, write_through};
+use super::small::{SIZE, base, expected, read_by_qemu, serve, write_through};
 use super::{Seal, assert_refused, assert_says, check, text, wait_until_unlocked};
 use crate::harness::command::{command, outcome};
 use crate::harness::setup::library;
-use crate::harness::{Setup, noise, run, run_in, scratch};
+use crate::harness::{Server, Setup, noise, run, run_in, scratch};
 
 #[test]
 fn a_new_image_is_private_whatever_the_umask() {
@@ -123,6 +123,36 @@ fn a_file_that_may_not_be_written_to_is_refused() {
     );
     assert_says(&ended.stderr, &[text(&overlay), "Permission denied"]);
     assert_eq!(Seal::of(&overlay), before);
+}
+
+/// Of two that start together, one finds nothing and comes too late.
+#[test]
+fn a_file_that_came_meanwhile_is_left_alone() {
+    let base = base();
+    let directory = base.directory();
+    let overlay = directory.join("diff.qcow2");
+    let kept = format!("cow-overlay={}", text(&overlay));
+    let backing = format!("cow-backing={}", base.path());
+    // The size of this plugin's disk is not asked for before a client comes.
+    let late = Server::start(&["memory", &SIZE.to_string(), &kept, &backing]);
+    assert!(!overlay.exists());
+    serve(base.path(), text(&overlay)).stop();
+    let before = Seal::of(&overlay);
+    late.python("refused('ENOENT', connect)");
+    let said = late.stop_and_tell();
+    assert_says(
+        &said,
+        &[text(&overlay), "by another program", "start nbdkit again"],
+    );
+    assert_eq!(Seal::of(&overlay), before);
+    // Nothing else is left there.
+    let left = fs::read_dir(directory).unwrap().count();
+    assert_eq!(left, ["disk.img", "diff.qcow2"].len());
+
+    let server = serve(base.path(), text(&overlay));
+    write_through(&server.uri());
+    server.stop();
+    assert!(read_by_qemu(directory, "diff.qcow2") == expected());
 }
 
 /// nbdkit becomes another user after it has opened an image, and before it makes one.
