@@ -28,6 +28,8 @@ use crate::error::{Error, Result};
 
 /// Subclusters, which are our blocks, in a cluster: fixed by the format.
 pub const BLOCKS_PER_CLUSTER: u64 = 32;
+/// The largest block: a cluster has at most 2 MiB.
+const MAX_BLOCK: u64 = 64 << 10;
 /// Bytes of a refcount: `refcount_order` 4.
 pub const REFCOUNT_LEN: u64 = 2;
 /// Bytes of an L2 entry in an image with extended L2 entries.
@@ -70,7 +72,7 @@ impl Layout {
     /// than QEMU reads.
     pub fn new(disk_size: u64, block_size: BlockSize) -> Result<Self> {
         let block = block_size.bytes();
-        if !(512..=65536).contains(&block) {
+        if !(512..=MAX_BLOCK).contains(&block) {
             return Err(Error::new(
                 libc::EINVAL,
                 format!(
@@ -103,11 +105,18 @@ impl Layout {
             && table_clusters * cluster <= MAX_REFCOUNT_TABLE_LEN
             && end.is_some_and(|end| i64::try_from(end).is_ok());
         let Some(end) = end.filter(|_| fits) else {
+            let largest = BlockSize::new(MAX_BLOCK).expect("a power of two");
+            let helps = block < MAX_BLOCK && Layout::new(disk_size, largest).is_ok();
+            let hint = if helps {
+                ": use a larger cow-block-size (at most 64K)"
+            } else {
+                ""
+            };
             return Err(Error::new(
                 libc::EINVAL,
                 format!(
                     "a disk of {disk_size} bytes is too large for a qcow2 image with \
-                     blocks of {block}: use a larger cow-block-size (at most 64K)"
+                     blocks of {block}{hint}"
                 ),
             ));
         };
@@ -309,11 +318,18 @@ mod tests {
             assert!(refused.to_string().contains("512 to 64K"), "{refused}");
         }
         assert!(layout(64 << 40, 512).is_ok());
-        let refused = layout((64 << 40) + 1, 512).expect_err("too large an L1 table");
-        assert!(refused.to_string().contains("too large"), "{refused}");
         assert!(layout(4 << 50, 4096).is_ok());
-        assert!(layout((4 << 50) + 1, 4096).is_err());
-        assert!(layout(i64::MAX as u64, 65536).is_err());
+        // A larger block is named where it helps.
+        for (size, block, helps) in [
+            ((64 << 40) + 1, 512, true),
+            ((4 << 50) + 1, 4096, true),
+            (i64::MAX as u64, 4096, false),
+            (i64::MAX as u64, 65536, false),
+        ] {
+            let refused = layout(size, block).expect_err("too large").to_string();
+            assert!(refused.contains("too large"), "{refused}");
+            assert_eq!(refused.contains("use a larger"), helps, "{refused}");
+        }
     }
 
     #[test]
