@@ -166,6 +166,10 @@ impl Config {
             "cow-overlay" | "cow-backing" if value.is_empty() => {
                 return Err(refused(key, value, "the name of a file"));
             }
+            // That of a directory, which would be seen only when the image is made.
+            "cow-overlay" if value.ends_with('/') => {
+                return Err(refused(key, value, "the name of a file"));
+            }
             "cow-overlay" => self.overlay = Some(absolute(path)),
             "cow-backing" => self.backing = Some(Backing::parse(path.as_os_str())),
             "file" => {
@@ -328,6 +332,18 @@ mod tests {
                 format!("cow-on-read={bad}: the value must be true, false or an absolute path")
             );
         }
+    }
+
+    #[test]
+    fn an_overlay_has_the_name_of_a_file() {
+        for bad in ["", "/", "o.qcow2/", "/a/b//"] {
+            assert_eq!(
+                refusal("cow-overlay", bad),
+                format!("cow-overlay={bad}: the value must be the name of a file")
+            );
+        }
+        let config = config(&[("cow-overlay", "/a/./b.qcow2")]);
+        assert_eq!(config.overlay, Some("/a/b.qcow2".into()));
     }
 
     #[test]

@@ -22,6 +22,7 @@ fn what_one_image_can_not_do_is_refused_at_start() {
         ("cow-block-size=256K", "512 to 64K"),
         ("cow-block-size=2G", "512 to 64K"),
         ("cow-overlay=", "cow-overlay="),
+        ("cow-overlay=new.qcow2/", "cow-overlay=new.qcow2/: "),
         ("cow-backing=", "cow-backing="),
     ] {
         let error = Setup::new().error(&["file", base.path(), &kept, parameter]);
