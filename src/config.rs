@@ -173,8 +173,11 @@ impl Config {
             "cow-overlay" => self.overlay = Some(absolute(path)),
             "cow-backing" => self.backing = Some(Backing::parse(path.as_os_str())),
             "file" => {
-                self.files_below = match self.files_below {
-                    FilesBelow::None => FilesBelow::One(absolute(path)),
+                let file = absolute(path);
+                self.files_below = match &self.files_below {
+                    FilesBelow::None => FilesBelow::One(file),
+                    // A second layer of this filter is told of it again.
+                    FilesBelow::One(known) if *known == file => return Ok(false),
                     FilesBelow::One(_) | FilesBelow::Several => FilesBelow::Several,
                 };
                 return Ok(false);
@@ -332,6 +335,24 @@ mod tests {
                 format!("cow-on-read={bad}: the value must be true, false or an absolute path")
             );
         }
+    }
+
+    #[test]
+    fn the_base_is_the_one_file_below_however_often_it_is_named() {
+        let files_below = |files: &[&str]| {
+            let mut config = Config::default();
+            for file in files {
+                let is_ours = config.set("file", file.as_ref());
+                assert!(!is_ours.expect("not looked at"), "{file}");
+            }
+            config.files_below
+        };
+        let one = FilesBelow::One("/a/b".into());
+        assert_eq!(files_below(&[]), FilesBelow::None);
+        assert_eq!(files_below(&["/a/b"]), one);
+        assert_eq!(files_below(&["/a/b", "/a/./b", "/a/b"]), one);
+        assert_eq!(files_below(&["/a/b", "/a/c"]), FilesBelow::Several);
+        assert_eq!(files_below(&["/a/b", "/a/c", "/a/b"]), FilesBelow::Several);
     }
 
     #[test]

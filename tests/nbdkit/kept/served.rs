@@ -5,7 +5,8 @@ use std::fs::{self, File};
 use super::small::{
     SIZE, base, expected, kept_in, read_by_qemu, serve, two_exports, write_through,
 };
-use super::{assert_says, check, text};
+use super::{Disk, assert_says, check, text};
+use crate::harness::setup::library;
 use crate::harness::{Server, Setup, noise, scratch};
 
 #[test]
@@ -101,6 +102,19 @@ fn an_image_that_was_made_for_one_who_only_looked_is_said_to_be_empty() {
     // What the hint says to do helps.
     fs::remove_file(&overlay).unwrap();
     assert_eq!(said("connect('one').pwrite(b'mine', 5000)"), "");
+}
+
+/// They are one filter to nbdkit's loader, and have one set of parameters.
+#[test]
+fn two_layers_of_the_filter_keep_one_image() {
+    let disk = Disk::new((9 << 20) + 777, 4096);
+    let setup = Setup::new().below(library());
+    for round in 0..3 {
+        let server = disk.serve_with(&setup, &["cow-on-cache=true"]);
+        disk.client(&server, round, "disk.check().run(200).check().save()");
+        assert_eq!(server.stop_and_tell(), "");
+        disk.assert_sound();
+    }
 }
 
 /// nbdkit is in the background by then, and its parent waits for the command.
