@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::small::{SIZE, base, expected, kept_in, read_by_qemu, recorded, serve, write_through};
-use super::{assert_says, attempt_beside, text, wait_until_unlocked};
+use super::{assert_refused, assert_says, attempt_beside, name_base, text, wait_until_unlocked};
 use crate::harness::command::success;
 use crate::harness::setup::library;
 use crate::harness::{Base, Daemon, Server, Setup, noise, run, run_in, scratch};
@@ -170,6 +170,23 @@ fn cow_backing_is_a_path_or_anything_that_qemu_opens() {
         assert_eq!(info["backing-filename"], name);
         fs::remove_file(directory.join("diff.qcow2")).unwrap();
     }
+}
+
+/// What comes with a protocol is no path, even if QEMU finds the same file by it.
+#[test]
+fn a_name_with_a_protocol_has_to_be_given_as_it_was_recorded() {
+    let base = base();
+    let directory = base.directory();
+    let overlay = directory.join("diff.qcow2");
+    let kept = kept_in(directory, "diff.qcow2");
+    serve(base.path(), text(&overlay)).stop();
+    name_base(directory, "diff.qcow2", "file:disk.img");
+    let backing = "cow-backing=file:disk.img";
+    assert_refused(&["file", base.path(), &kept], &overlay, &[backing]);
+    let server = Server::start(&["file", base.path(), &kept, backing]);
+    write_through(&server.uri());
+    server.stop();
+    assert!(read_by_qemu(directory, "diff.qcow2") == expected());
 }
 
 #[test]
