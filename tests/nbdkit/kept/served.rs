@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use super::small::{
     SIZE, base, expected, kept_in, read_by_qemu, serve, two_exports, write_through,
 };
-use super::{Disk, assert_says, check, text};
+use super::{Disk, State, assert_says, check, map, text};
 use crate::harness::setup::library;
 use crate::harness::{Server, Setup, noise, scratch};
 
@@ -102,6 +102,36 @@ fn an_image_that_was_made_for_one_who_only_looked_is_said_to_be_empty() {
     // What the hint says to do helps.
     fs::remove_file(&overlay).unwrap();
     assert_eq!(said("connect('one').pwrite(b'mine', 5000)"), "");
+}
+
+/// The option is about clients, and not about the image.
+#[test]
+fn minus_r_keeps_what_is_copied_and_lets_no_client_write() {
+    let base = base();
+    let overlay = base.directory().join("diff.qcow2");
+    let plugin = [
+        "file",
+        base.path(),
+        &kept_in(base.directory(), "diff.qcow2"),
+    ];
+    let with = |more: &str| {
+        Setup::new()
+            .option("-r")
+            .start(&[&plugin[..], &[more]].concat())
+    };
+    let server = with("cow-on-read=false");
+    server.nbdsh("refused('EPERM', h.pwrite, b'x', 0); h.pread(4096, 8192)");
+    let second = Setup::new().error(&plugin);
+    assert_says(&second, &["in use by another program"]);
+    server.stop();
+    assert!(map(&overlay).iter().all(|run| run.2 == State::Base));
+    let server = with("cow-on-read=true");
+    server.nbdsh("h.pread(4096, 8192)");
+    server.stop();
+    check(&overlay);
+    let copied = map(&overlay);
+    assert_eq!(copied[1], (8192, 4096, State::Data), "{copied:?}");
+    assert!(read_by_qemu(base.directory(), "diff.qcow2") == noise(1, SIZE));
 }
 
 /// They are one filter to nbdkit's loader, and have one set of parameters.
