@@ -229,7 +229,7 @@ mod tests {
         let directory = Directory::open(dir.path()).expect("fit for overlays");
         assert!(directory.segment_size().is_power_of_two());
         assert!(directory.default_block_size().bytes() >= 4096);
-        // The first is the one that was tried, the second a new one.
+        // The first was made when the directory was tried, the second is made now.
         for _ in 0..2 {
             let file = directory.make_file(1 << 30).expect("a file");
             let metadata = file.metadata().expect("its metadata");

@@ -44,8 +44,8 @@ fn a_full_file_system_is_refused() {
     }
 }
 
-/// nbdkit becomes another user after the directory was tried as root. The file
-/// that it was tried with is open by then, and is the overlay.
+/// nbdkit becomes another user after the directory was tried as root. One file is open
+/// by then, and is the overlay.
 #[test]
 fn a_directory_that_the_user_of_minus_u_can_not_write_to_has_one_overlay() {
     use std::os::unix::fs::PermissionsExt;
