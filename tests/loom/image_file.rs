@@ -1,5 +1,5 @@
 //! The file that a kept overlay has in the models: what it holds of two blocks, and
-//! what a power loss would leave of that.
+//! what a power loss would leave of that. One step of a flush may fail.
 //!
 //! The first byte of each block lies in an atomic that is only ever accessed
 //! *relaxed*, as in the store of the other models, so that a sync finds a block's
@@ -49,13 +49,45 @@ impl Tables {
     }
 }
 
+/// What a flush asks of the file, where the models let it fail.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Step {
+    WriteTables,
+    Sync,
+}
+
 #[derive(Default)]
 pub struct Metadata {
     pub written: Tables,
     /// What a power loss leaves for certain.
     pub safe: Tables,
+    /// The step that is to fail, once, and how many of its kind come before it.
+    pub fault: Option<(Step, usize)>,
+    /// The step that has failed.
+    pub failed: Option<Step>,
+    /// How many flushes were told of a failure.
+    pub told: usize,
     /// What is wrong: told by the main thread, when the others have ended.
     pub mistake: Option<String>,
+}
+
+impl Metadata {
+    /// A step that fails changes nothing.
+    fn take_step(&mut self, step: Step) -> io::Result<()> {
+        match &mut self.fault {
+            Some((failing, before)) if *failing == step && *before > 0 => *before -= 1,
+            Some((failing, _)) if *failing == step => {
+                self.fault = None;
+                self.failed = Some(step);
+                return Err(io::Error::from_raw_os_error(match step {
+                    Step::WriteTables => libc::ENOSPC,
+                    Step::Sync => libc::EIO,
+                }));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
 }
 
 /// In all that follows, `number` is that of a block in [`BLOCKS`], and of its cluster.
@@ -99,6 +131,27 @@ impl Handle {
 
     pub fn safe_byte(&self, number: usize) -> u8 {
         self.0.safe[number].load(Ordering::Relaxed)
+    }
+
+    /// Writes what lies before the data, unless `step` fails.
+    fn write_tables(&self, step: Step, buf: &[u8], offset: u64) -> io::Result<()> {
+        let layout = layout();
+        let first = GuestCluster(0);
+        let is_l2 = offset >= layout.l2;
+        self.metadata(|metadata| {
+            metadata.take_step(step)?;
+            let Tables { entries, refcounts } = &mut metadata.written;
+            if is_l2 {
+                put_cells(entries, layout.entry_at(first), buf, offset);
+            } else {
+                put_cells(refcounts, layout.refcount_at(first), buf, offset);
+            }
+            io::Result::Ok(())
+        })?;
+        if is_l2 {
+            self.check_order();
+        }
+        Ok(())
     }
 
     /// What an L2 entry says must be true of the file already.
@@ -148,35 +201,29 @@ impl ImageFile for Handle {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        let layout = layout();
-        let first = GuestCluster(0);
-        if offset >= layout.data {
-            self.put(offset..offset + buf.len() as u64, buf[0]);
-        } else if offset >= layout.l2 {
-            self.metadata(|metadata| {
-                let entries = &mut metadata.written.entries;
-                put_cells(entries, layout.entry_at(first), buf, offset);
-            });
-            self.check_order();
-        } else {
-            self.metadata(|metadata| {
-                let refcounts = &mut metadata.written.refcounts;
-                put_cells(refcounts, layout.refcount_at(first), buf, offset);
-            });
+        if offset < layout().data {
+            return self.write_tables(Step::WriteTables, buf, offset);
         }
+        self.put(offset..offset + buf.len() as u64, buf[0]);
         Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
-        for (safe, byte) in self.0.safe.iter().zip(&self.0.bytes) {
-            safe.store(byte.load(Ordering::Relaxed), Ordering::Relaxed);
+        // Before the lock, which would order other threads' writes before this.
+        let bytes = [0, 1].map(|number: usize| self.0.bytes[number].load(Ordering::Relaxed));
+        self.metadata(|metadata| {
+            metadata.take_step(Step::Sync)?;
+            metadata.safe = metadata.written;
+            io::Result::Ok(())
+        })?;
+        for (safe, byte) in self.0.safe.iter().zip(bytes) {
+            safe.store(byte, Ordering::Relaxed);
         }
-        self.metadata(|metadata| metadata.safe = metadata.written);
         Ok(())
     }
 
     fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.write_at(buf, offset)?;
+        self.write_tables(Step::Sync, buf, offset)?;
         self.metadata(|metadata| metadata.safe.entries = metadata.written.entries);
         Ok(())
     }

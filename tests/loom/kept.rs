@@ -1,6 +1,8 @@
 //! The overlay that is kept: changes of blocks beside flushes, and flushes beside
 //! each other.
 
+mod faults;
+
 use std::path::Path;
 
 use loom::model::Builder;
@@ -74,12 +76,14 @@ impl Kept {
 
     /// Told at the end: the checker does not survive a panic while other threads of
     /// the model hold something.
+    fn mistake(&self, what: String) {
+        self.file.metadata(|metadata| metadata.mistake = Some(what));
+    }
+
     fn expect_safe(&self, number: usize, allowed: &[u8]) {
         let found = self.safe(number);
         if !allowed.contains(&found) {
-            let mistake = format!("{number} is {found:x}, none of {allowed:x?}");
-            self.file
-                .metadata(|metadata| metadata.mistake = Some(mistake));
+            self.mistake(format!("{number} is {found:x}, none of {allowed:x?}"));
         }
     }
 
@@ -91,10 +95,14 @@ impl Kept {
         byte[0]
     }
 
+    fn expect_no_mistake(&self) {
+        assert_eq!(self.file.metadata(|metadata| metadata.mistake.take()), None);
+    }
+
     /// After a last flush the file has what the overlay has.
     fn check_end(&self) {
         self.flush();
-        assert_eq!(self.file.metadata(|metadata| metadata.mistake.take()), None);
+        self.expect_no_mistake();
         for (number, block) in BLOCKS.into_iter().enumerate() {
             assert_eq!(self.safe(number), self.read(number), "block {block}");
             let state = self.disk.state_at(block * BLOCK).expect("in range");
@@ -114,9 +122,21 @@ type Request = fn(&Kept);
 /// than three times in all a thread is stopped that could go on. (Two are enough
 /// for the mistakes that `packaging/model-check.sh` puts in.)
 fn check(prepare: Request, main: Request, others: &[Request]) {
+    let bound = (others.len() > 1).then_some(3);
+    check_to(Kept::check_end, bound, prepare, main, others);
+}
+
+/// As [`check`], with what is asked at the end, and how often a thread is stopped.
+fn check_to(
+    end: Request,
+    bound: Option<usize>,
+    prepare: impl Fn(&Kept) + Send + Sync + 'static,
+    main: Request,
+    others: &[Request],
+) {
     let others = others.to_vec();
     let mut builder = Builder::new();
-    builder.preemption_bound = (others.len() > 1).then_some(3);
+    builder.preemption_bound = bound;
     builder.check(move || {
         let kept = kept();
         prepare(&kept);
@@ -131,7 +151,7 @@ fn check(prepare: Request, main: Request, others: &[Request]) {
         for thread in threads {
             thread.join().expect("no panic");
         }
-        kept.check_end();
+        end(&kept);
     });
 }
 

@@ -236,7 +236,7 @@ impl<F: ImageFile> Image<F> {
         locked(&self.export).recorded != 0
     }
 
-    /// How many flushes have been asked for since the one began that is under way.
+    /// How many flushes wait for the one that is under way, or have yet to wake.
     pub fn flushes_waiting(&self) -> usize {
         locked(&self.turn).waiting
     }
