@@ -43,11 +43,20 @@ fn socket(scratch: &TempDir) -> PathBuf {
 impl Drop for Daemon {
     fn drop(&mut self) {
         signal(self.pid, libc::SIGTERM);
-        let process = format!("/proc/{}", self.pid);
-        let ended = eventually(LIMIT, || !Path::new(&process).exists());
+        let ended = eventually(LIMIT, || has_ended(self.pid));
         assert!(
             ended || std::thread::panicking(),
             "the daemon ignored SIGTERM"
         );
     }
+}
+
+/// A zombie counts: process 1, whose child a daemon is, need not be one that waits for it.
+fn has_ended(pid: u32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return true;
+    };
+    // `PID (NAME) STATE ...`, and NAME may have spaces and parentheses.
+    let state = stat.rsplit(')').next().expect("at least one piece");
+    state.trim_start().starts_with('Z')
 }
