@@ -6,7 +6,10 @@
 # Without an argument as check, but does not insist on a Rust toolchain (for
 # "sudo make deps", where the toolchain is another user's).
 #
-# When nothing is missing it asks dpkg once and ends: no network, no root.
+# For the tests it also has cargo fetch what is built only in their course, so that
+# a network that is out of reach ends them before they begin.
+#
+# When nothing is missing it asks dpkg and cargo and ends: no network, no root.
 . "$(dirname -- "$0")/common.sh"
 
 part=${1:-check}
@@ -112,49 +115,80 @@ list_only() {
     return "$status"
 }
 
-# apt-get, as root, without questions; up to three times, for a mirror that is
-# out of reach for a moment.
-apt_get() {
-    local attempt
+# Runs a command up to three times, for a mirror that is out of reach for a moment.
+persistently() {
+    local what=$1 attempt
+    shift
     for attempt in 1 2 3; do
         if [ "$attempt" -gt 1 ]; then
-            say "apt-get $1 failed; once more in a few seconds."
+            say "$what failed; once more in a few seconds."
             sleep 5
         fi
-        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get \
-            -y -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 \
-            -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold \
-            "$@" </dev/null && return 0
+        "$@" && return 0
     done
     return 1
+}
+
+# apt-get, as root, without questions.
+apt_get() {
+    persistently "apt-get $1" "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get \
+        -y -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 \
+        -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold \
+        "$@" </dev/null
+}
+
+install_packages() {
+    local packages installed package missing=()
+    mapfile -t packages < <(wanted | awk '{ print $1 }' | sort -u)
+    installed=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${packages[@]}" 2>/dev/null |
+        sed -n 's/^installed //p') || true
+    for package in "${packages[@]}"; do
+        grep -qxF -- "$package" <<<"$installed" || missing+=("$package")
+    done
+    [ "${#missing[@]}" -gt 0 ] || return 0
+
+    as_root=()
+    if [ "$(id -u)" -ne 0 ]; then
+        have sudo || die "Missing: ${missing[*]}
+Run this as root, then try again: apt-get install --no-install-recommends ${missing[*]}"
+        as_root=(sudo)
+    fi
+
+    say "Installing: ${missing[*]}"
+    apt_get update -o APT::Update::Error-Mode=any || say 'The package lists could not be brought up to date; trying with those that are there.'
+    apt_get install --no-install-recommends "${missing[@]}" ||
+        die "Could not install: ${missing[*]}"
+}
+
+# For this machine, because cargo would else want what other systems need as well,
+# which a cache that builds have filled does not have.
+fetch_crates() {
+    local host manifest flags
+    host=$(rustc -vV | sed -n 's/^host: //p')
+    while read -r manifest flags; do
+        persistently 'cargo fetch' env RUSTFLAGS="${RUSTFLAGS:-} $flags" \
+            cargo fetch --locked --target "$host" --manifest-path "$root/$manifest" </dev/null ||
+            die "Could not fetch the crates of $manifest."
+    done <<'BUILDS'
+Cargo.toml
+Cargo.toml --cfg loom
+tests/fuzz/Cargo.toml
+BUILDS
 }
 
 case $part in
 build | run | check | bench) ;;
 *) die "deps.sh: unknown part '$part': build, run, check or bench" ;;
 esac
-if ! have apt-get || ! have dpkg-query; then
+if have apt-get && have dpkg-query; then
+    install_packages
+else
     list_only
-    exit
 fi
 
-mapfile -t packages < <(wanted | awk '{ print $1 }' | sort -u)
-installed=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${packages[@]}" 2>/dev/null |
-    sed -n 's/^installed //p') || true
-missing=()
-for package in "${packages[@]}"; do
-    grep -qxF -- "$package" <<<"$installed" || missing+=("$package")
-done
-[ "${#missing[@]}" -gt 0 ] || exit 0
-
-as_root=()
-if [ "$(id -u)" -ne 0 ]; then
-    have sudo || die "Missing: ${missing[*]}
-Run this as root, then try again: apt-get install --no-install-recommends ${missing[*]}"
-    as_root=(sudo)
+[ "$part" = check ] || exit 0
+# Under sudo the cache of crates is another user's, as the toolchain is.
+if [ "$asked_for" ] && { ! have cargo || [ "${SUDO_USER:-}" ]; }; then
+    exit 0
 fi
-
-say "Installing: ${missing[*]}"
-apt_get update -o APT::Update::Error-Mode=any || say 'The package lists could not be brought up to date; trying with those that are there.'
-apt_get install --no-install-recommends "${missing[@]}" ||
-    die "Could not install: ${missing[*]}"
+fetch_crates
