@@ -1,26 +1,17 @@
 //! Clients that vanish, and a server that is told to stop.
 
+use std::collections::HashSet;
 use std::fs;
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::Child;
 
-use crate::harness::command::{LIMIT, eventually, kill_group, signal, spawn, wait};
-use crate::harness::{Base, Server, Setup, noise};
+use tempfile::TempDir;
 
-/// A client in the background; it ends with the value.
+use crate::harness::command::{LIMIT, eventually, kill_group, signal, spawn};
+use crate::harness::{Base, Server, Setup, noise, scratch};
+
+/// A client in the background; it ends with the value, without a word of farewell.
 struct Client(Child);
-
-impl Client {
-    /// Starts it, and waits until it has printed a line.
-    fn that_has_said_so(mut script: Command) -> Client {
-        let said = tempfile::NamedTempFile::new().expect("a file for its stdout");
-        let client = Client(spawn(script.stdout(said.reopen().expect("that file"))));
-        let ready = eventually(LIMIT, || {
-            fs::read(said.path()).is_ok_and(|line| line == b"in flight\n")
-        });
-        assert!(ready, "the client has sent nothing");
-        client
-    }
-}
 
 impl Drop for Client {
     fn drop(&mut self) {
@@ -36,33 +27,82 @@ fn one_thread_per_connection() -> Setup {
     Setup::new().option("-t1")
 }
 
-/// A slow base, so that requests are under way for as long as the test needs.
-fn slow(base: &Base, parameters: &[&str]) -> Server {
-    let plugin = ["file", base.path(), "cow-block-size=64K", "rdelay=2"];
-    one_thread_per_connection()
-        .below("delay")
-        .start(&[&plugin, parameters].concat())
+/// A server with a base that does not answer, and a log of what has reached it.
+struct Stuck {
+    server: Server,
+    files: TempDir,
 }
 
-/// Reads, fills and partial writes that wait for the slow base.
-const IN_FLIGHT: &str = r#"
-    connections = [connect() for _ in range(16)]
-    for number, c in enumerate(connections):
-        start = number * 64 * K
-        buffer = nbd.Buffer.from_bytearray(bytearray(noise(512, number)))
-        [lambda: c.aio_pread(nbd.Buffer(4096), start),
-         lambda: c.aio_pwrite(buffer, start + 1000),
-         lambda: c.aio_trim(512, start + 2000),
-         lambda: c.aio_cache(512, start)][number % 4]()
-    # Time to get from the socket to the base.
-    time.sleep(0.3)
-    print("in flight", flush=True)
-"#;
+const CONNECTIONS: usize = 16;
 
-/// That the base was waited for when it happened; otherwise the test shows nothing.
-fn assert_interrupted(server: &Server) {
-    let interrupted = || server.stderr().contains("aborting sleep");
-    assert!(eventually(LIMIT, interrupted), "no request was in flight");
+impl Stuck {
+    fn new(base: &Base, parameters: &[&str]) -> Stuck {
+        let files = scratch();
+        let log = format!("logfile={}", files.path().join("log").display());
+        let rate = format!("rate-file={}", files.path().join("rate").display());
+        let plugin = ["file", base.path(), &log, &rate];
+        // A bit in a second: whoever reads waits for days, or until it is interrupted.
+        let slow = ["rate=1", "cow-block-size=64K"];
+        let server = one_thread_per_connection()
+            .below("log")
+            .below("rate")
+            .start(&[&plugin, &slow[..], parameters].concat());
+        Stuck { server, files }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.files.path().join(name)
+    }
+
+    /// Starts a client with a request on each of many connections: reads, fills and
+    /// partial writes. It is there until the first one is answered.
+    fn client(&self) -> Client {
+        let before = self.waiting();
+        let code = r#"
+            connections = [connect() for _ in range(16)]
+            for number, c in enumerate(connections):
+                start = number * 64 * K
+                buffer = nbd.Buffer.from_bytearray(bytearray(noise(512, number)))
+                [lambda: c.aio_pread(nbd.Buffer(4096), start),
+                 lambda: c.aio_pwrite(buffer, start + 1000),
+                 lambda: c.aio_trim(512, start + 2000),
+                 lambda: c.aio_cache(512, start)][number % 4]()
+            connections[0].poll(-1)
+            os._exit(0)
+        "#;
+        let client = Client(spawn(&mut self.server.script(code)));
+        let in_flight = || self.waiting() == before + CONNECTIONS;
+        assert!(
+            eventually(LIMIT, in_flight),
+            "the base was asked on {} connections, not {CONNECTIONS}",
+            self.waiting() - before
+        );
+        client
+    }
+
+    /// On how many connections the base was asked for something.
+    fn waiting(&self) -> usize {
+        let log = fs::read_to_string(self.file("log")).expect("the log filter's file");
+        log.lines()
+            .filter(|line| line.contains(" Read ") || line.contains(" Cache "))
+            .flat_map(|line| line.split(' '))
+            .filter(|word| word.starts_with("connection="))
+            .collect::<HashSet<_>>()
+            .len()
+    }
+
+    /// That the base was waited for when it happened; otherwise the test shows nothing.
+    fn assert_interrupted(&self) {
+        let interrupted = || self.server.stderr().contains("aborting sleep");
+        assert!(eventually(LIMIT, interrupted), "no request was in flight");
+    }
+
+    /// From now on the base answers.
+    fn release(&self) {
+        // 0 is no limit. Renamed, because the filter may look at any moment.
+        fs::write(self.file("rate.new"), "0\n").expect("a new rate");
+        fs::rename(self.file("rate.new"), self.file("rate")).expect("the new rate");
+    }
 }
 
 #[test]
@@ -72,15 +112,13 @@ fn clients_that_vanish_with_requests_in_flight_leave_the_server_well() {
         &["cow-on-read=true", "cow-on-cache=true"][..],
         &["cow-scope=connection"],
     ] {
-        let server = slow(&base, parameters);
+        let stuck = Stuck::new(&base, parameters);
         for _ in 0..3 {
-            // Without a word of farewell.
-            let code = format!("{IN_FLIGHT}\n    os._exit(0)\n");
-            let mut gone = spawn(server.script(&code).stdout(Stdio::null()));
-            assert!(wait(&mut gone, LIMIT).is_some_and(|status| status.success()));
+            drop(stuck.client());
         }
-        assert_interrupted(&server);
-        server.nbdsh_with(
+        stuck.assert_interrupted();
+        stuck.release();
+        stuck.server.nbdsh_with(
             &[base.path()],
             r#"
             # Of a write that was in flight either all has come or nothing.
@@ -109,14 +147,13 @@ fn a_server_that_is_stopped_with_requests_in_flight_ends_well() {
         &["cow-on-read=true", "cow-on-cache=true"][..],
         &["cow-scope=connection"],
     ] {
-        let server = slow(&base, parameters);
+        let stuck = Stuck::new(&base, parameters);
         // nbdkit waits for its clients to go, so this one goes when it is answered.
-        let code = format!("{IN_FLIGHT}\n    Flight(connections, 1).wait()\n    os._exit(0)\n");
-        let client = Client::that_has_said_so(server.script(&code));
-        signal(server.pid(), libc::SIGTERM);
-        assert_interrupted(&server);
+        let client = stuck.client();
+        signal(stuck.server.pid(), libc::SIGTERM);
+        stuck.assert_interrupted();
         // The harness sees to the rest: status 0, no panic, nothing left in TMPDIR.
-        server.stop();
+        stuck.server.stop();
         drop(client);
     }
 }
@@ -125,7 +162,7 @@ fn a_server_that_is_stopped_with_requests_in_flight_ends_well() {
 #[test]
 fn a_server_that_is_killed_leaves_no_overlay() {
     let base = Base::new(&noise(3, 1 << 20));
-    let directory = crate::harness::scratch();
+    let directory = scratch();
     let server = Setup::new()
         .tmpdir(directory.path())
         .start(&["file", base.path()]);
