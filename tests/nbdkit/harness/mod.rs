@@ -21,9 +21,11 @@ pub use setup::Setup;
 /// Below /var/tmp because a tmpfs, which /tmp often is, answers differently
 /// about holes than the disk file systems that the expectations are written for.
 pub fn scratch() -> tempfile::TempDir {
+    // Where that is a symbolic link, the kernel lists a mount by what it leads to.
+    let place = std::fs::canonicalize("/var/tmp").expect("/var/tmp");
     tempfile::Builder::new()
         .prefix("cow-test-")
-        .tempdir_in("/var/tmp")
+        .tempdir_in(place)
         .expect("a scratch directory in /var/tmp")
 }
 

@@ -65,6 +65,7 @@ impl Mount {
         // A test that failed with the lock held has left nothing half done.
         let _one_at_a_time = LOOP_DEVICES.lock().unwrap_or_else(|held| held.into_inner());
         command::success(command("mount").args(what).arg(&point));
+        assert!(mounted(&point), "{point:?} is not a mount");
         Mount {
             point,
             _scratch: scratch,
@@ -159,6 +160,7 @@ impl NbdFuse {
             _scratch: scratch,
         };
         assert!(ready, "nbdfuse shows no file");
+        assert!(mounted(&fuse.point), "{:?} is not a mount", fuse.point);
         fuse
     }
 
