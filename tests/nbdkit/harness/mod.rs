@@ -21,6 +21,9 @@ pub use setup::Setup;
 /// Below /var/tmp because a tmpfs, which /tmp often is, answers differently
 /// about holes than the disk file systems that the expectations are written for.
 pub fn scratch() -> tempfile::TempDir {
+    // Another user, of `nbdkit -u`, must get into it whatever the developer's umask is.
+    // SAFETY: umask takes an integer and touches no memory of ours.
+    unsafe { libc::umask(0o022) };
     // Where that is a symbolic link, the kernel lists a mount by what it leads to.
     let place = std::fs::canonicalize("/var/tmp").expect("/var/tmp");
     tempfile::Builder::new()
