@@ -26,7 +26,7 @@ pub struct Qemu {
 
 impl Qemu {
     pub fn new(most: usize) -> Self {
-        let directory = tempfile::tempdir().expect("a directory");
+        let directory = tempfile::tempdir_in("/var/tmp").expect("a directory");
         File::create(directory.path().join(BACKING)).expect("a backing file");
         Qemu {
             directory,
