@@ -3,6 +3,7 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
+use proptest::test_runner::FileFailurePersistence;
 
 use nbdkit_cow_filter::base::Allocation;
 use nbdkit_cow_filter::block::ByteRange;
@@ -207,8 +208,18 @@ fn base(size: u64) -> TestBase {
 const BLOCK_SIZES: [u64; 4] = [512, 4096, 65536, 1 << 20];
 const SIZES: [u64; 6] = [0, 1, 511, 512, 4097, 100_000];
 
+/// What failed is tried first the next time. It is kept where cargo builds, not in the
+/// tree: what is to be tried for ever becomes a test that says what it is about.
+fn cases(count: u32) -> ProptestConfig {
+    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/proptest-regressions");
+    ProptestConfig {
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(file))),
+        ..ProptestConfig::with_cases(count)
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(cases(64))]
 
     #[test]
     fn requests_equal_a_byte_vector(
@@ -234,7 +245,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4))]
+    #![proptest_config(cases(4))]
 
     #[test]
     fn requests_on_a_large_disk_equal_a_byte_vector(
