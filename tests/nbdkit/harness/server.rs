@@ -53,7 +53,7 @@ impl Server {
             ended: false,
         };
         let mut died = None;
-        eventually(command::LIMIT, || {
+        let in_time = eventually(command::LIMIT, || {
             died = server.child.try_wait().expect("wait for nbdkit");
             died.is_some() || fs::metadata(pidfile).is_ok_and(|file| file.len() > 0)
         });
@@ -61,6 +61,8 @@ impl Server {
             server.ended = true;
             panic!("{nbdkit:?} ended: {status}\n{}", server.stderr());
         }
+        // What it said is shown when `server` is dropped.
+        assert!(in_time, "{nbdkit:?} does not serve");
         server
     }
 
