@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
@@ -135,9 +136,14 @@ impl Server {
             if !target.starts_with(&directory) {
                 continue;
             }
-            let about = fs::metadata(entry.path()).expect("the overlay");
-            let info = fs::read_to_string(proc.join("fdinfo").join(entry.file_name()))
-                .expect("the descriptor's flags");
+            let info = proc.join("fdinfo").join(entry.file_name());
+            let seen =
+                fs::metadata(entry.path()).and_then(|about| Ok((about, fs::read_to_string(info)?)));
+            let (about, info) = match seen {
+                // Closed since it was listed.
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                seen => seen.expect("the overlay and its descriptor"),
+            };
             let flags = info
                 .lines()
                 .find_map(|line| line.strip_prefix("flags:"))
