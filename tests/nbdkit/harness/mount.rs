@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::command::{self, command, eventually, outcome, run, spawn};
+use super::command::{self, Outcome, command, eventually, outcome, run, spawn};
 
 /// Two `mount -o loop` at once can be given the same free loop device, and one of them fails.
 static LOOP_DEVICES: Mutex<()> = Mutex::new(());
@@ -64,7 +64,17 @@ impl Mount {
         fs::create_dir(&point).expect("a mount point");
         // A test that failed with the lock held has left nothing half done.
         let _one_at_a_time = LOOP_DEVICES.lock().unwrap_or_else(|held| held.into_inner());
-        command::success(command("mount").args(what).arg(&point));
+        let mount = || outcome(command("mount").args(what).arg(&point));
+        let mut ended = mount();
+        for _ in 0..5 {
+            // What else mounts on this machine does not ask for our lock.
+            if ended.stderr.contains("failed to setup loop device") {
+                std::thread::sleep(Duration::from_millis(200));
+                ended = mount();
+            }
+        }
+        let Outcome { status, stderr, .. } = ended;
+        assert!(status.success(), "mount {what:?}: {status}\n{stderr}");
         assert!(mounted(&point), "{point:?} is not a mount");
         Mount {
             point,
