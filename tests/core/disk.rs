@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::thread::{self, Scope, ScopedJoinHandle};
 use std::time::Duration;
 
 use nbdkit_cow_filter::base::{Allocation, Base, Extent};
@@ -14,6 +15,27 @@ use nbdkit_cow_filter::overlay::{Directory, Overlay, Store, TemporaryStore};
 /// Longer than any step of a test takes on the slowest machine; only a test that
 /// is about to fail waits that long.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long a thread that must not go on is given to do so all the same. A lock
+/// that works makes no test fail by this, however slow the machine.
+const TEMPTATION: Duration = Duration::from_millis(100);
+
+/// Makes a request, which must wait for something, on a thread of its own. When this
+/// returns it has begun, and has had the time to end if it does not wait.
+pub fn tempt<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    request: impl FnOnce() -> T + Send + 'scope,
+) -> ScopedJoinHandle<'scope, T> {
+    let (sender, receiver) = mpsc::channel();
+    let thread = scope.spawn(move || {
+        sender.send(()).expect("received");
+        request()
+    });
+    // The machine may take its time to start a thread.
+    receiver.recv().expect("sent");
+    thread::sleep(TEMPTATION);
+    thread
+}
 
 /// A place where threads can be made to wait. Open at first.
 #[derive(Default)]

@@ -9,12 +9,11 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use nbdkit_cow_filter::block::ByteRange;
 use nbdkit_cow_filter::overlay::{Overlay, State, TemporaryStore, Zeroing};
 
-use crate::disk::{BLOCK, Call, TestBase, TestStore, file_overlay, read_all, test_disk};
+use crate::disk::{BLOCK, Call, TestBase, TestStore, file_overlay, read_all, tempt, test_disk};
 
 type Disk = Overlay<TestStore>;
 
@@ -242,10 +241,6 @@ fn a_partial_trim_and_a_partial_write_both_survive() {
     }
 }
 
-/// How long a thread that must not go on is given to do so all the same. A lock
-/// that works makes no test fail by this, however slow the machine.
-const TEMPTATION: Duration = Duration::from_millis(100);
-
 #[test]
 fn a_write_waits_for_the_hole_of_a_trim() {
     // If it did not, its bytes would be published and then punched out.
@@ -257,8 +252,7 @@ fn a_write_waits_for_the_hole_of_a_trim() {
         thread::scope(|scope| {
             let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::Trim));
             disk.store().punch_gate.wait_for(1);
-            let write = scope.spawn(|| disk.write(&base, &new, offset));
-            thread::sleep(TEMPTATION);
+            let write = tempt(scope, || disk.write(&base, &new, offset));
             assert!(!write.is_finished(), "a write went on during the trim");
             disk.store().punch_gate.open();
             trim.join().expect("no panic").expect("a good trim");
@@ -281,8 +275,7 @@ fn a_trim_waits_for_a_write_that_is_under_way() {
         thread::scope(|scope| {
             let write = scope.spawn(|| disk.write(&base, &new, offset));
             disk.store().write_gate.wait_for(1);
-            let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::Trim));
-            thread::sleep(TEMPTATION);
+            let trim = tempt(scope, || disk.zero(&base, START, BLOCK, Zeroing::Trim));
             assert!(!trim.is_finished(), "a trim went on during the write");
             disk.store().write_gate.open();
             trim.join().expect("no panic").expect("a good trim");
@@ -382,8 +375,7 @@ fn nothing_else_is_written_to_a_block_while_a_fill_writes_to_it() {
                 let fill = scope.spawn(|| fill(&base, &disk));
                 disk.store().write_gate.wait_for(1);
                 let changes = disk.store().changes();
-                let other = scope.spawn(|| other(&base, &disk));
-                thread::sleep(TEMPTATION);
+                let other = tempt(scope, || other(&base, &disk));
                 assert!(!other.is_finished(), "{other_name} went on beside {name}");
                 disk.store().write_gate.assert_waiting(1);
                 assert_eq!(disk.store().changes(), changes);
@@ -412,8 +404,7 @@ fn zeroes_that_keep_their_space_wait_for_a_trim() {
     thread::scope(|scope| {
         let trim = scope.spawn(|| disk.zero(&base, START, BLOCK, Zeroing::Trim));
         disk.store().punch_gate.wait_for(1);
-        let zero = scope.spawn(|| disk.zero(&base, START, BLOCK, KEEP));
-        thread::sleep(TEMPTATION);
+        let zero = tempt(scope, || disk.zero(&base, START, BLOCK, KEEP));
         assert!(!zero.is_finished(), "its space would be punched out");
         disk.store().punch_gate.open();
         trim.join().expect("no panic").expect("a good trim");
