@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long a thread that must not go on is given to do so all the same. A lock
 /// that works makes no test fail by this, however slow the machine.
-const TEMPTATION: Duration = Duration::from_millis(100);
+pub const TEMPTATION: Duration = Duration::from_millis(100);
 
 /// Makes a request, which must wait for something, on a thread of its own. When this
 /// returns it has begun, and has had the time to end if it does not wait.

@@ -1,10 +1,9 @@
 //! Flushes beside others: which requests a flush is good for, and how many rounds of
 //! syncs they take. The one under way is held at each of its steps in turn.
 
-use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,7 +18,7 @@ use super::random::Random;
 use super::reader::Reader;
 use super::recorder::{Fault, Hold, Portion, Recorder, Step};
 use super::scripts::SMALL_BLOCKS;
-use crate::disk::Gate;
+use crate::disk::{Gate, TEMPTATION};
 use Request::{Flush, Write, Zero};
 
 const BLOCK: u64 = SMALL_BLOCKS.1;
@@ -130,7 +129,7 @@ fn a_flush_waits_for_a_change_that_is_being_made() {
     let (image, _) = Image::open(recorder.clone(), Path::new("kept")).expect("an image");
     image.load(|_, _| Ok(())).expect("an empty image");
     let word = AtomicU64::new(0);
-    let (gate, (sender, receiver)) = (Gate::default(), mpsc::channel());
+    let gate = Gate::default();
     gate.close();
     thread::scope(|scope| {
         let change = scope.spawn(|| {
@@ -141,17 +140,15 @@ fn a_flush_waits_for_a_change_that_is_being_made() {
             })
         });
         gate.wait_for(1);
-        let flush = scope.spawn(|| {
-            let thread = fs::read_link("/proc/thread-self").expect("Linux has it");
-            sender.send(thread).expect("received");
-            image.flush(&|_| word.load(Ordering::SeqCst))
-        });
-        let thread = Path::new("/proc").join(receiver.recv().expect("sent"));
-        wait_until(|| {
-            let status = fs::read_to_string(thread.join("status")).expect("it lives");
-            status.lines().any(|line| line.starts_with("State:\tS"))
-        });
+        let sizes = recorder.sizes();
+        let flush = scope.spawn(|| image.flush(&|_| word.load(Ordering::SeqCst)));
+        // It asks for the size when it has the image to itself, right before it fetches
+        // the marks: what it can wait for after that is their locks.
+        wait_until(|| recorder.sizes() > sizes);
+        thread::sleep(TEMPTATION);
+        let waits = !flush.is_finished();
         gate.open();
+        assert!(waits, "a flush did not wait");
         change.join().expect("no panic").expect("a good change");
         flush.join().expect("no panic").expect("a good flush");
     });

@@ -2,7 +2,7 @@
 //! and can be held in the middle.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nbdkit_cow_filter::qcow2::file::ImageFile;
@@ -75,6 +75,7 @@ struct Inner {
     hold: Mutex<Option<Hold>>,
     gate: Gate,
     is_full: AtomicBool,
+    sizes: AtomicUsize,
 }
 
 #[derive(Clone, Default)]
@@ -136,6 +137,11 @@ impl Recorder {
     /// From now on no space can be taken in advance.
     pub fn fill_up(&self) {
         self.0.is_full.store(true, Ordering::SeqCst);
+    }
+
+    /// How often its size was asked for.
+    pub fn sizes(&self) -> usize {
+        self.0.sizes.load(Ordering::SeqCst)
     }
 
     /// From now on that step has to wait at the gate.
@@ -212,6 +218,7 @@ impl Portion {
 
 impl ImageFile for Recorder {
     fn size(&self) -> io::Result<u64> {
+        self.0.sizes.fetch_add(1, Ordering::SeqCst);
         Ok(self.state().content.size)
     }
 
