@@ -497,6 +497,7 @@ fn free(target: *mut u8, levels: u32) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::time::{Duration, Instant};
 
     fn range(blocks: Range<u64>) -> Range<BlockNum> {
         BlockNum(blocks.start)..BlockNum(blocks.end)
@@ -604,6 +605,44 @@ mod tests {
             let expected = [State::Data, State::Zero][block as usize % 2];
             assert_eq!(map.state(BlockNum(block)).expect("in range"), expected);
         }
+    }
+
+    /// The threads have each some blocks of one word, and time to meet in it on one core
+    /// as well.
+    #[test]
+    fn threads_that_change_one_word_again_and_again_lose_nothing() {
+        const THREADS: u64 = 4;
+        const TIME: Duration = Duration::from_millis(500);
+        let map = map(BLOCKS_PER_WORD);
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let map = &map;
+                let blocks = move || {
+                    (thread..BLOCKS_PER_WORD)
+                        .step_by(THREADS as usize)
+                        .map(BlockNum)
+                };
+                scope.spawn(move || {
+                    let states = [State::Data, State::Zero].into_iter().cycle();
+                    for state in states.take_while(|_| start.elapsed() < TIME) {
+                        for block in blocks() {
+                            let block = block..block.next();
+                            match state {
+                                State::Data => map.set_data(&block),
+                                _ => map.set_zero(&block),
+                            }
+                            .expect("in range");
+                        }
+                        // Not after each: what was lost by then, the thread itself might
+                        // not see yet.
+                        for block in blocks() {
+                            assert_eq!(map.state(block).expect("in range"), state);
+                        }
+                    }
+                });
+            }
+        });
     }
 
     proptest! {
