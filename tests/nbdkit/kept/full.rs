@@ -189,6 +189,54 @@ fn what_finds_no_space_for_tables_keeps_no_other_from_being_flushed() {
     check(&kept.overlay());
 }
 
+/// Zeroes that keep their space have it, new ones and those where there was a hole.
+fn zeroes_keep_their_space(kind: &str) {
+    let mount = Mount::formatted(kind);
+    mount.leave_free(16 << 20);
+    let kept = Kept::new(Base::new(&noise(1, 64 << 20)), mount, "4096");
+    let server = kept.serve();
+    let code = format!(
+        "{}{FILL}{}",
+        r#"
+    def taken():
+        return 512 * os.stat(os.path.join(ARGS[2], "diff.qcow2")).st_blocks
+
+    places = [4 * M, 30 * M]
+    h.pwrite(noise(2 * M, 1), places[0])
+    h.flush()
+    h.trim(2 * M, places[0])
+    h.flush()
+    before = taken()
+    for place in places:
+        h.zero(2 * M, place, NO_HOLE)
+    h.flush()
+    assert taken() >= before + 4 * M, f"{before} bytes, then {taken()}"
+    "#,
+        r#"
+    refused("ENOSPC", h.pwrite, noise(2 * M, 2), 50 * M)
+    for place in places:
+        same(h.pread(2 * M, place), bytes(2 * M))
+        h.pwrite(noise(2 * M, place), place)
+    h.flush()
+    open(ARGS[1], "wb").write(read(h))
+    "#
+    );
+    kept.client(&server, &code);
+    server.kill();
+    check(&kept.overlay());
+    compare(&kept.overlay(), &kept.expected());
+}
+
+#[test]
+fn zeroes_with_no_hole_have_space_on_a_full_ext4() {
+    zeroes_keep_their_space("ext4");
+}
+
+#[test]
+fn zeroes_with_no_hole_have_space_on_a_full_xfs() {
+    zeroes_keep_their_space("xfs");
+}
+
 /// What is trimmed has tables, and needs no space.
 #[test]
 fn a_trim_makes_room_in_an_image_that_was_resumed_on_a_full_xfs() {
