@@ -1,7 +1,9 @@
 //! The overlay's file system is full while clients write.
 
+use std::fs;
+
 use crate::harness::mount::Mount;
-use crate::harness::{Base, Setup, noise};
+use crate::harness::{Base, Setup, noise, run};
 
 /// Writes until it is full and on; then the disk must hold what was
 /// acknowledged, and of each block of a failed write the old bytes or the new.
@@ -94,6 +96,32 @@ fn a_full_btrfs_costs_nothing_that_was_acknowledged() {
 #[test]
 fn a_full_tmpfs_costs_nothing_that_was_acknowledged() {
     fills_up(&Mount::tmpfs("16M"));
+}
+
+/// btrfs would write what is overwritten to another place.
+#[test]
+fn what_is_stored_can_be_overwritten_on_a_full_btrfs() {
+    let mount = Mount::formatted("btrfs");
+    // What the file system is filled with is beside it.
+    let overlays = mount.path().join("overlays");
+    fs::create_dir(&overlays).unwrap();
+    let base = Base::sparse(64 << 20, &[]);
+    let server =
+        Setup::new()
+            .tmpdir(&overlays)
+            .start(&["file", base.path(), "cow-block-size=4096"]);
+    server.nbdsh("h.pwrite(noise(4 * M, 1), 0)");
+    // In memory there is a place for all of it, stored or not.
+    run(&["sync", "-f", mount.path().to_str().unwrap()]);
+    mount.fill();
+    server.nbdsh(
+        r#"
+        refused("ENOSPC", h.pwrite, noise(M, 2), 32 * M)
+        for place in range(0, 4 * M, M):
+            h.pwrite(noise(M, place), place)
+            same(h.pread(M, place), noise(M, place))
+        "#,
+    );
 }
 
 /// A trim inside of a block may give its space back, and another block may take
