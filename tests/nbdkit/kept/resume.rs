@@ -1,6 +1,7 @@
 //! Served, ended in one way or another, and served again.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Stdio};
 
 use super::{Disk, check_after_a_crash, text};
@@ -139,6 +140,24 @@ fn what_was_flushed_survives_a_kill_with_blocks_of_4k() {
 #[test]
 fn what_was_flushed_survives_a_kill_with_blocks_of_64k() {
     what_was_flushed_survives(65536);
+}
+
+/// What was written and not flushed is lost by a kill, but not its space: no entry leads
+/// to it any more.
+#[test]
+fn a_trim_gives_back_what_a_kill_has_left() {
+    let disk = Disk::new(20 << 20, 4096);
+    let taken = || 512 * fs::metadata(disk.overlay()).expect("the image").blocks();
+    let server = disk.serve();
+    server.nbdsh("h.pwrite(noise(8 * M, 1), 4 * M)");
+    server.kill();
+    let left = taken();
+    assert!(left >= 8 << 20, "nothing was left but {left} bytes");
+
+    let server = disk.serve();
+    server.nbdsh("h.trim(8 * M, 4 * M); h.flush()");
+    let given_back = left.saturating_sub(taken());
+    assert!(given_back >= 7 << 20, "only {given_back} bytes");
 }
 
 #[test]
