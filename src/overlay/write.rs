@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::map::BlockMap;
+use super::zero::is_full;
 use super::{Overlay, State, Store};
 use crate::base::{Base, Extent};
 use crate::block::{BlockNum, ByteRange, Piece};
@@ -170,9 +171,19 @@ impl<S: Store> Overlay<S> {
 
     /// Stores all the `bytes` of `blocks`, the first of which is at `offset`.
     fn store_run(&self, blocks: &Range<BlockNum>, bytes: &[u8], offset: u64) -> Result<()> {
-        self.store.reserve(blocks, Becomes::Data)?;
+        self.reserve_for_data(blocks)?;
         self.change(|store| store.write(bytes, offset))?;
         self.publish(blocks, BlockMap::set_data)
+    }
+
+    /// To be called before `blocks` become *data*, with their stripes held, shared at
+    /// least: so those that are *data* stay that, and of them there is note already.
+    #[inline(always)]
+    pub(super) fn reserve_for_data(&self, blocks: &Range<BlockNum>) -> Result<()> {
+        match self.store.reserve(blocks, Becomes::Data) {
+            Err(e) if is_full(&e) && self.map.run(blocks)? == (State::Data, blocks.end) => Ok(()),
+            reserved => reserved,
+        }
     }
 
     // Here and below the compiler would make a call of what is shorter than one.

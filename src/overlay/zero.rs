@@ -65,7 +65,7 @@ fn forgiven(done: Result<()>, how: Zeroing) -> Result<()> {
 }
 
 /// Whether an error says that there is no space.
-fn is_full(error: &Error) -> bool {
+pub(super) fn is_full(error: &Error) -> bool {
     matches!(error.errno(), libc::ENOSPC | libc::EDQUOT)
 }
 
@@ -145,17 +145,25 @@ impl<S: Store> Overlay<S> {
         }
     }
 
-    /// Of those that have data there is note already, and the space that they give back
-    /// may do for the others.
+    /// As [`Overlay::discard`], where there may not be enough space to keep note of it.
+    ///
+    /// What is given back may do for that. So first go the bytes that nobody can read,
+    /// which need no note, then the data, of which there is note already.
     fn discard_with_data_first(&self, blocks: Range<BlockNum>) -> Result<()> {
-        for wanted in [State::Data, State::Base] {
-            for run in self.map.runs(blocks.clone()) {
-                let (state, run) = run?;
-                if state == wanted {
-                    self.store.reserve(&run, Becomes::Zero)?;
-                    self.discard_held(run)?;
-                }
+        let runs = |wanted: State| {
+            let all = self.map.runs(blocks.clone());
+            all.filter(move |run| !matches!(run, Ok((state, _)) if *state != wanted))
+        };
+        if self.has_strays.load(Ordering::Relaxed) {
+            for run in runs(State::Base).chain(runs(State::Zero)) {
+                let bytes = self.bytes_of(&run?.1);
+                self.change(|store| store.punch(bytes))?;
             }
+        }
+        for run in runs(State::Data).chain(runs(State::Base)) {
+            let (_, run) = run?;
+            self.store.reserve(&run, Becomes::Zero)?;
+            self.discard_held(run)?;
         }
         Ok(())
     }
@@ -191,7 +199,7 @@ impl<S: Store> Overlay<S> {
     fn zero_and_keep(&self, blocks: Range<BlockNum>) -> Result<()> {
         let _held = self.stripes.shared(&blocks);
         let bytes = self.bytes_of(&blocks);
-        self.store.reserve(&blocks, Becomes::Data)?;
+        self.reserve_for_data(&blocks)?;
         if !self.change(|store| store.zero_range(bytes))? {
             self.write_zeroes(bytes)?;
         }

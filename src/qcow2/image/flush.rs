@@ -137,10 +137,11 @@ impl<F: ImageFile> Image<F> {
         }
         // Last what may find no space: then the rest is safe by that time. (Who was let
         // through without space is in `short` before it is in the marks.)
-        let short = locked(&self.short).clone();
-        let (unsure, sure): (Marks, Marks) = marks
-            .into_iter()
-            .partition(|(group, _)| short.contains(group));
+        let (unsure, sure): (Marks, Marks) = {
+            let short = locked(&self.short);
+            let is_short = |(group, _): &(u64, u64)| short.contains(group);
+            marks.into_iter().partition(is_short)
+        };
         let mut passes = passes(sure).chain(passes(unsure));
         while let Some(marks) = passes.next() {
             if let Err(e) = self.flush_marked(&mut writer, &marks, word) {
@@ -150,6 +151,11 @@ impl<F: ImageFile> Image<F> {
                     *locked(self.shard(group)).entry(group).or_default() |= bits;
                 }
                 return Err(e);
+            }
+            // What was written has space.
+            let mut short = locked(&self.short);
+            if !short.is_empty() {
+                short.retain(|group| !marks.contains_key(group));
             }
         }
         Ok(())

@@ -44,9 +44,10 @@
 //! `turn` (with its condition variable) decides who flushes and is held for
 //! moments only; `writer` is held through a flush, by the one whose turn it is;
 //! a shard of `changes` is the innermost of all: it is held while the block map
-//! changes, which takes no lock, and nothing else is taken under it. So are a shard of
-//! `reserved`, `present` and `short`, each held for moments. Who changes blocks takes
-//! their stripe before a shard, a flush takes no stripe.
+//! changes, which takes no lock, and nothing else is taken under it. A shard of
+//! `reserved`, `short` and `present` are taken in this order, for moments, and nothing
+//! else is taken under them. Who changes blocks takes their stripe before a shard, a
+//! flush takes no stripe.
 
 mod flush;
 mod load;

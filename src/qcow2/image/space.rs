@@ -53,10 +53,15 @@ impl<F: ImageFile> Image<F> {
         let start = first + u64::from(missing.trailing_zeros());
         let end = first + GROUPS_PER_WORD - u64::from(missing.leading_zeros());
         let numbers = (first..first + GROUPS_PER_WORD).filter(|n| missing >> (n - first) & 1 != 0);
-        match self.take_space(start..end) {
+        let taken = self.take_space(start..end);
+        // Both are changed under one hold, or a group that another has given space
+        // meanwhile would be among the short ones for good.
+        let mut reserved = locked(self.reserved(key));
+        let reserved = reserved.entry(key).or_default();
+        let mut short = locked(&self.short);
+        match taken {
             Ok(()) => {
-                *locked(self.reserved(key)).entry(key).or_default() |= missing;
-                let mut short = locked(&self.short);
+                *reserved |= missing;
                 for group in numbers {
                     short.remove(&group);
                 }
@@ -64,17 +69,20 @@ impl<F: ImageFile> Image<F> {
             }
             Err(e) => {
                 let present = locked(&self.present).get(&key).copied().unwrap_or(0);
-                if becomes == Becomes::Data || missing & !present != 0 {
+                if becomes == Becomes::Data || missing & !(present | *reserved) != 0 {
                     return Err(e);
                 }
                 log::debug!("discards all the same: {e}");
-                locked(&self.short).extend(numbers);
+                let missing = missing & !*reserved;
+                short.extend(numbers.filter(|group| missing >> (group - first) & 1 != 0));
                 Ok(())
             }
         }
     }
 
-    /// For all tables of `groups`, in one piece each.
+    /// For all tables of `groups`, in one piece each. (A cluster that never gets data
+    /// needs no refcount. It is an eighth more; to know which groups lack it would be
+    /// more to know.)
     fn take_space(&self, groups: Range<u64>) -> Result<()> {
         let first = GuestCluster(groups.start * CLUSTERS_PER_GROUP);
         let clusters = (groups.end - groups.start) * CLUSTERS_PER_GROUP;

@@ -72,6 +72,43 @@ fn a_request_for_much_does_what_there_is_space_for() {
     }
 }
 
+#[test]
+fn what_is_data_can_be_overwritten_though_tables_can_not_be_given_space() {
+    let mut disk = Disk::new(SMALL_BLOCKS.0, BLOCK);
+    disk.run(&[write(GROUP, 1), write(GROUP + BLOCK, 1), Flush]);
+    disk.request(&Request::Kill).expect("resumable");
+    disk.recorder.fill_up();
+    let (at, len, how) = (GROUP, BLOCK, KEEP);
+    disk.run(&[write(GROUP + BLOCK, 2), Zero { at, len, how }, Flush]);
+    assert_settled(&disk, &Qemu::new(1));
+}
+
+/// A program that was killed before its flush has left bytes that nobody can read.
+#[test]
+fn what_a_crash_has_left_makes_room_for_the_rest() {
+    for how in [DISCARD, Zeroing::Trim] {
+        let mut disk = Disk::new(SMALL_BLOCKS.0, BLOCK);
+        let places = [3 * GROUP, 70 * GROUP];
+        disk.run(&[write(3 * GROUP, 1), write(70 * GROUP, 1)]);
+        disk.request(&Request::Kill).expect("resumable");
+        let left = |disk: &Disk, at| {
+            let mut bytes = [0; BLOCK as usize];
+            let content = disk.recorder.content();
+            content.read(&mut bytes, disk.layout().data + at);
+            bytes != [0; BLOCK as usize]
+        };
+        assert!(places.iter().all(|at| left(&disk, *at)));
+        disk.recorder.fill_up();
+        let (at, len) = (0, SMALL_BLOCKS.0);
+        let refused = errno(&mut disk, &Zero { at, len, how });
+        assert_eq!(refused, (how == DISCARD).then_some(libc::ENOSPC));
+        assert!(!places.iter().any(|at| left(&disk, *at)));
+        disk.settle();
+        disk.run(&[Flush]);
+        assert_settled(&disk, &Qemu::new(1));
+    }
+}
+
 /// What the image had when it was opened has tables, but they can be shared with a copy
 /// of the file, and then they do need space when they are written.
 #[test]
