@@ -91,7 +91,7 @@ fn stop_in_a_sync(server: &Server, log: &Path, disk: &Path, tree: &Path) -> Chil
         assert!(is_under_way, "the second sync has written nothing");
         signal(server.pid(), libc::SIGSTOP);
         // One that has all its answers ends in that time.
-        if command::wait(&mut sync, Duration::from_secs(2)).is_none() {
+        if command::wait(&mut sync, Duration::from_secs(5)).is_none() {
             return sync;
         }
         signal(server.pid(), libc::SIGCONT);
