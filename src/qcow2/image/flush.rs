@@ -8,7 +8,7 @@ use std::sync::PoisonError;
 use super::super::file::ImageFile;
 use super::super::header::hash_of_export;
 use super::super::layout::{GuestCluster, has_data};
-use super::{CLUSTERS_PER_GROUP, Image, Marks, Turn, Writer, locked};
+use super::{CLUSTERS_PER_GROUP, Image, Marks, Turn, Writer, locked, ones};
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex};
 
@@ -37,9 +37,7 @@ impl<F: ImageFile> Image<F> {
         let seen: Vec<Seen> = leaks
             .iter()
             .flat_map(|(group, bits)| {
-                (0..CLUSTERS_PER_GROUP)
-                    .filter(move |i| bits >> i & 1 != 0)
-                    .map(move |i| GuestCluster(group * CLUSTERS_PER_GROUP + i))
+                ones(*bits).map(move |i| GuestCluster(group * CLUSTERS_PER_GROUP + i))
             })
             .map(|cluster| Seen {
                 cluster,

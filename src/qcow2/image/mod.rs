@@ -135,6 +135,11 @@ struct Turn {
     waiting: usize,
 }
 
+/// The numbers of the bits that are set.
+fn ones(bits: u64) -> impl Iterator<Item = u64> {
+    (0..u64::from(u64::BITS)).filter(move |i| bits >> i & 1 != 0)
+}
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is guarded changes in steps that each leave it whole.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::super::file::ImageFile;
 use super::super::layout::{ENTRY_LEN, GuestCluster, REFCOUNT_LEN};
-use super::{CLUSTERS_PER_GROUP, Image, Marks, SHARDS, locked};
+use super::{CLUSTERS_PER_GROUP, Image, Marks, SHARDS, locked, ones};
 use crate::error::Result;
 use crate::sync::Mutex;
 
@@ -52,7 +52,7 @@ impl<F: ImageFile> Image<F> {
         let first = key * GROUPS_PER_WORD;
         let start = first + u64::from(missing.trailing_zeros());
         let end = first + GROUPS_PER_WORD - u64::from(missing.leading_zeros());
-        let numbers = (first..first + GROUPS_PER_WORD).filter(|n| missing >> (n - first) & 1 != 0);
+        let groups = |bits| ones(bits).map(|i| first + i);
         let taken = self.take_space(start..end);
         // Both are changed under one hold, or a group that another has given space
         // meanwhile would be among the short ones for good.
@@ -62,7 +62,7 @@ impl<F: ImageFile> Image<F> {
         match taken {
             Ok(()) => {
                 *reserved |= missing;
-                for group in numbers {
+                for group in groups(missing) {
                     short.remove(&group);
                 }
                 Ok(())
@@ -73,8 +73,7 @@ impl<F: ImageFile> Image<F> {
                     return Err(e);
                 }
                 log::debug!("discards all the same: {e}");
-                let missing = missing & !*reserved;
-                short.extend(numbers.filter(|group| missing >> (group - first) & 1 != 0));
+                short.extend(groups(missing & !*reserved));
                 Ok(())
             }
         }
