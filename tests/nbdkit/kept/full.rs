@@ -55,6 +55,13 @@ impl Kept {
         let arguments = [self.block, text(&expected), text(self.mount.path())];
         server.nbdsh_with(&arguments, code);
     }
+
+    /// A crash leaves the image sound, with the expected bytes.
+    fn expect_flushed(&self, server: Server) {
+        server.kill();
+        check(&self.overlay());
+        compare(&self.overlay(), &self.expected());
+    }
 }
 
 /// After [`FILL_UP`]: fills up again, to the last page.
@@ -169,9 +176,7 @@ fn what_finds_no_space_for_tables_keeps_no_other_from_being_flushed() {
     "#
     );
     kept.client(&server, &code);
-    server.kill();
-    check(&kept.overlay());
-    compare(&kept.overlay(), &kept.expected());
+    kept.expect_flushed(server);
 
     // Zeroes everywhere make their own room.
     let server = kept.serve();
@@ -222,9 +227,7 @@ fn zeroes_keep_their_space(kind: &str) {
     "#
     );
     kept.client(&server, &code);
-    server.kill();
-    check(&kept.overlay());
-    compare(&kept.overlay(), &kept.expected());
+    kept.expect_flushed(server);
 }
 
 #[test]
@@ -262,9 +265,7 @@ fn a_trim_makes_room_in_an_image_that_was_resumed_on_a_full_xfs() {
         open(ARGS[1], "wb").write(content)
         "#,
     );
-    server.kill();
-    check(&kept.overlay());
-    compare(&kept.overlay(), &kept.expected());
+    kept.expect_flushed(server);
 }
 
 /// The copy has the same tables, until one of the two writes to them.
@@ -292,9 +293,7 @@ fn an_image_that_was_copied_by_reference_has_space_for_its_tables_again() {
     "#
     );
     kept.client(&server, &code);
-    server.kill();
-    check(&kept.overlay());
-    compare(&kept.overlay(), &kept.expected());
+    kept.expect_flushed(server);
     check(&copy);
 }
 
@@ -336,9 +335,7 @@ fn a_flush_that_has_no_space_for_its_tables_can_be_tried_again() {
     );
     kept.client(&server, &code);
     // Nothing is left for a last flush to do: a crash is as good.
-    server.kill();
-    check(&kept.overlay());
-    compare(&kept.overlay(), &kept.expected());
+    kept.expect_flushed(server);
 }
 
 #[test]
