@@ -7,27 +7,33 @@
 //! Dependencies point one way, down this list:
 //!
 //! - [`nbdkit`]: the boundary, and the only place that speaks C
-//! - [`filter`]: what nbdkit's callbacks mean, in safe Rust
-//! - [`config`]: the parameters
-//! - [`overlay`]: the core: block map, store, and all the locking
-//! - [`qcow2`]: the image that an overlay can be kept in
+//! - [`filter`]: what nbdkit's callbacks mean, in safe Rust: parameters, connections, and
+//!   which export has which overlay
+//! - [`kept`]: a store that is kept, in an image, and [`qcow2`]: the format of that image
+//! - [`temporary`]: a store in files without a name
+//! - [`overlay`]: the core: block map, all the locking, and the trait of a store
+//! - [`file_system`]: what a file system can do for an overlay
 //! - [`sparse`]: system calls on sparse files
+//! - [`overlay_file`]: the file of an overlay, as messages name it
 //! - [`base`]: what lies beneath the overlay
 //! - [`block`]: units, and the splitting of requests into blocks
 //! - [`buffer`]: bytes in memory
 //! - `sync`: the primitives of the parallel code
 //! - [`error`]: an errno and a sentence
 //!
-//! The core knows nothing of nbdkit; `tests/core` drives it over a base in memory.
+//! The core knows nothing of nbdkit, of files, or of qcow2; `tests/core` drives it over a base in memory.
 
 pub mod base;
 pub mod block;
 pub mod buffer;
-pub mod config;
 pub mod error;
+pub mod file_system;
 pub mod filter;
+pub mod kept;
 pub mod nbdkit;
 pub mod overlay;
+pub mod overlay_file;
 pub mod qcow2;
 pub mod sparse;
 mod sync;
+pub mod temporary;

@@ -11,8 +11,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::next::{self, Capabilities, Next};
 use super::{extents, guard, log, sys};
-use crate::config::{self, Config};
 use crate::error::{Error, Result};
+use crate::filter::config::{self, Config};
 use crate::filter::{Connection, Filter};
 use crate::overlay::Zeroing;
 

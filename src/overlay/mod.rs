@@ -63,15 +63,12 @@
 //!
 //! A state is published only after the store has taken the bytes, so a block
 //! that could not be stored is what it was before. What the store did take of it
-//! is a stray: it takes space, nobody can read it, and the next discard of the
-//! block gives it back. (Not the failed write itself: it holds the stripe shared,
+//! is orphaned space: nobody can read it, and the next discard of the block gives it
+//! back. (Not the failed write itself: it holds the stripe shared,
 //! and another may be writing to the same block.)
 
-mod directory;
 mod extents;
-pub mod kept;
 mod map;
-pub mod scope;
 mod store;
 mod stripes;
 mod write;
@@ -79,9 +76,8 @@ mod zero;
 
 use std::ops::Range;
 
-pub use directory::Directory;
-pub use map::State;
-pub use store::{Files, Store, TemporaryStore};
+pub use map::{BlockMap, State};
+pub use store::Store;
 pub use zero::Zeroing;
 
 use crate::base::Base;
@@ -89,7 +85,6 @@ use crate::block::{BlockNum, BlockSize, ByteRange};
 use crate::buffer::buffer;
 use crate::error::Result;
 use crate::sync::{AtomicBool, Ordering};
-use map::BlockMap;
 use stripes::Stripes;
 
 /// How much of the base cow-on-cache reads at a time: it bounds the memory that
@@ -105,7 +100,7 @@ pub struct Overlay<S> {
     store: S,
     /// Set once a change of the store has failed: there may be bytes in it that
     /// the map does not know of, and discards look for them from then on.
-    has_strays: AtomicBool,
+    has_orphans: AtomicBool,
 }
 
 impl<S: Store> Overlay<S> {
@@ -117,20 +112,23 @@ impl<S: Store> Overlay<S> {
             map: BlockMap::new(block_size.count(size)),
             stripes: Stripes::new(block_size),
             store,
-            has_strays: AtomicBool::new(false),
+            has_orphans: AtomicBool::new(false),
         }
     }
 
-    /// The same overlay over what `wrap` makes of its store.
-    fn map_store<T>(self, wrap: impl FnOnce(S) -> T) -> Overlay<T> {
-        Overlay {
-            size: self.size,
-            block_size: self.block_size,
-            map: self.map,
-            stripes: self.stripes,
-            store: wrap(self.store),
-            has_strays: self.has_strays,
-        }
+    /// An overlay over a store that has content: `load` fills the map.
+    pub fn resume(
+        size: u64,
+        block_size: BlockSize,
+        store: S,
+        load: impl FnOnce(&S, &BlockMap) -> Result<()>,
+    ) -> Result<Self> {
+        let overlay = Self::new(size, block_size, store);
+        // A crash leaves bytes that no flush has told of, and a failed write too: what
+        // is discarded from now on gives their space back.
+        overlay.has_orphans.store(true, Ordering::Relaxed);
+        load(&overlay.store, &overlay.map)?;
+        Ok(overlay)
     }
 
     /// The disk's size in bytes.
@@ -268,7 +266,7 @@ impl<S: Store> Overlay<S> {
 
     /// Makes a change to the store, and remembers if it failed.
     fn change<T>(&self, change: impl FnOnce(&S) -> Result<T>) -> Result<T> {
-        change(&self.store).inspect_err(|_| self.has_strays.store(true, Ordering::Relaxed))
+        change(&self.store).inspect_err(|_| self.has_orphans.store(true, Ordering::Relaxed))
     }
 
     fn bytes_of(&self, blocks: &Range<BlockNum>) -> ByteRange {

@@ -9,7 +9,6 @@ use crate::base::{Base, Extent};
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::{buffer, is_zero};
 use crate::error::Result;
-use crate::qcow2::image::Becomes;
 
 /// What a partial write puts into its block.
 #[derive(Clone, Copy)]
@@ -161,7 +160,7 @@ impl<S: Store> Overlay<S> {
                 let part = self.bytes_of(&run);
                 self.store_run(&run, &bytes[part.in_buffer(origin)], part.start)?;
             } else {
-                self.store.reserve(&run, Becomes::Zero)?;
+                self.store.reserve(&run, State::Zero)?;
                 self.publish(&run, BlockMap::set_zero_unless_data)?;
             }
             start = end;
@@ -180,7 +179,7 @@ impl<S: Store> Overlay<S> {
     /// least: so those that are *data* stay that, and of them there is note already.
     #[inline(always)]
     pub(super) fn reserve_for_data(&self, blocks: &Range<BlockNum>) -> Result<()> {
-        match self.store.reserve(blocks, Becomes::Data) {
+        match self.store.reserve(blocks, State::Data) {
             Err(e) if is_full(&e) && self.map.run(blocks)? == (State::Data, blocks.end) => Ok(()),
             reserved => reserved,
         }

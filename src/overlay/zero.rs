@@ -12,7 +12,6 @@ use super::{Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::error::{Error, Result};
-use crate::qcow2::image::Becomes;
 use crate::sync::Ordering;
 
 /// How many bytes of the disk are zeroed under one hold of the stripes.
@@ -54,7 +53,7 @@ fn is_large_part(piece: &Piece) -> bool {
 
 /// Whoever trims because there is no space must not be stopped by that: NBD allows that
 /// a trim does nothing.
-fn forgiven(done: Result<()>, how: Zeroing) -> Result<()> {
+fn unless_full_trim(done: Result<()>, how: Zeroing) -> Result<()> {
     match done {
         Err(e) if how == Zeroing::Trim && is_full(&e) => {
             log::debug!("trim: something keeps its old value: {e}");
@@ -117,7 +116,7 @@ impl<S: Store> Overlay<S> {
                 done => done?,
             }
         }
-        forgiven(full, how)
+        unless_full_trim(full, how)
     }
 
     fn zero_part(
@@ -129,7 +128,7 @@ impl<S: Store> Overlay<S> {
     ) -> Result<()> {
         log::trace!("zero {bytes:?} of {block:?}, {how:?}");
         let may_trim = how.may_trim();
-        forgiven(
+        unless_full_trim(
             self.modify(base, block, bytes, New::Zeroes { may_trim }),
             how,
         )
@@ -139,7 +138,7 @@ impl<S: Store> Overlay<S> {
     /// keep note of that for all of them: those that have data are *zero* all the same.
     fn discard(&self, blocks: Range<BlockNum>) -> Result<()> {
         let _held = self.stripes.exclusive(&blocks);
-        match self.store.reserve(&blocks, Becomes::Zero) {
+        match self.store.reserve(&blocks, State::Zero) {
             Err(e) if is_full(&e) => self.discard_with_data_first(blocks),
             reserved => reserved.and_then(|()| self.discard_held(blocks)),
         }
@@ -154,7 +153,7 @@ impl<S: Store> Overlay<S> {
             let all = self.map.runs(blocks.clone());
             all.filter(move |run| !matches!(run, Ok((state, _)) if *state != wanted))
         };
-        if self.has_strays.load(Ordering::Relaxed) {
+        if self.has_orphans.load(Ordering::Relaxed) {
             for run in runs(State::Base).chain(runs(State::Zero)) {
                 let bytes = self.bytes_of(&run?.1);
                 self.change(|store| store.punch(bytes))?;
@@ -162,7 +161,7 @@ impl<S: Store> Overlay<S> {
         }
         for run in runs(State::Data).chain(runs(State::Base)) {
             let (_, run) = run?;
-            self.store.reserve(&run, Becomes::Zero)?;
+            self.store.reserve(&run, State::Zero)?;
             self.discard_held(run)?;
         }
         Ok(())
@@ -170,7 +169,7 @@ impl<S: Store> Overlay<S> {
 
     /// The caller holds the stripes of `blocks`, and there is space for the note of it.
     fn discard_held(&self, blocks: Range<BlockNum>) -> Result<()> {
-        let hole = if self.has_strays.load(Ordering::Relaxed) {
+        let hole = if self.has_orphans.load(Ordering::Relaxed) {
             Some(blocks.clone())
         } else {
             self.stored(&blocks)?

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nbdkit_cow_filter::block::BlockSize;
+use nbdkit_cow_filter::kept::KeptStore;
 use nbdkit_cow_filter::overlay::Overlay;
-use nbdkit_cow_filter::overlay::kept::KeptStore;
 use nbdkit_cow_filter::qcow2::file::ImageFile;
 use nbdkit_cow_filter::qcow2::header::Header;
 use nbdkit_cow_filter::qcow2::image::Image;

@@ -10,7 +10,8 @@ use std::time::Duration;
 use nbdkit_cow_filter::base::{Allocation, Base, Extent};
 use nbdkit_cow_filter::block::{BlockSize, ByteRange};
 use nbdkit_cow_filter::error::{Error, Result};
-use nbdkit_cow_filter::overlay::{Directory, Overlay, Store, TemporaryStore};
+use nbdkit_cow_filter::overlay::{Overlay, Store};
+use nbdkit_cow_filter::temporary::{Directory, TemporaryStore};
 
 /// Longer than any step of a test takes on the slowest machine; only a test that
 /// is about to fail waits that long.

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use nbdkit_cow_filter::block::ByteRange;
-use nbdkit_cow_filter::overlay::{Overlay, State, TemporaryStore, Zeroing};
+use nbdkit_cow_filter::overlay::{Overlay, State, Zeroing};
+use nbdkit_cow_filter::temporary::TemporaryStore;
 
 use crate::disk::{BLOCK, Call, TestBase, TestStore, file_overlay, read_all, tempt, test_disk};
 

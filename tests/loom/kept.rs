@@ -9,7 +9,7 @@ use loom::model::Builder;
 use loom::sync::Arc;
 use loom::thread;
 
-use nbdkit_cow_filter::overlay::kept::KeptStore;
+use nbdkit_cow_filter::kept::KeptStore;
 use nbdkit_cow_filter::overlay::{Overlay, State, Zeroing};
 use nbdkit_cow_filter::qcow2::header::Header;
 use nbdkit_cow_filter::qcow2::image::Image;

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nbdkit_cow_filter::block::BlockSize;
-use nbdkit_cow_filter::overlay::Overlay;
+use nbdkit_cow_filter::kept::resume;
 use nbdkit_cow_filter::qcow2::header::Header;
 use nbdkit_cow_filter::qcow2::image::Image;
 use nbdkit_cow_filter::qcow2::layout::Layout;
@@ -38,7 +38,7 @@ fn image(header: &Header) -> File {
 fn open(file: File) -> (Result<(), String>, usize) {
     peak(|| {
         let (image, _) = Image::open(file, Path::new("diff.qcow2")).map_err(|e| e.to_string())?;
-        let overlay = Overlay::resume(image, true).map_err(|e| e.to_string())?;
+        let overlay = resume(image, true).map_err(|e| e.to_string())?;
         assert!(overlay.is_untouched());
         Ok(())
     })

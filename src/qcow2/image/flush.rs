@@ -5,10 +5,13 @@ use std::io;
 use std::ops::Range;
 use std::sync::PoisonError;
 
+use bitvec::order::Lsb0;
+use bitvec::view::BitView;
+
 use super::super::file::ImageFile;
 use super::super::header::hash_of_export;
 use super::super::layout::{GuestCluster, has_data};
-use super::{CLUSTERS_PER_GROUP, Image, Marks, Turn, Writer, locked, ones};
+use super::{CLUSTERS_PER_GROUP, ClusterSet, GroupCommit, Image, Writer, locked, ones};
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex};
 
@@ -77,27 +80,27 @@ impl<F: ImageFile> Image<F> {
     ///
     /// Flushes that are asked for while one is under way share the next.
     pub fn flush(&self, word: &dyn Fn(GuestCluster) -> u64) -> Result<()> {
-        let mut turn = locked(&self.turn);
+        let mut commits = locked(&self.commits);
         // The one that is under way may have fetched the marks already.
-        let wanted = turn.started + 1;
-        turn.waiting += 1;
-        while turn.started > turn.ended && turn.ended < wanted {
-            turn = self
-                .turn_over
-                .wait(turn)
+        let wanted = commits.started + 1;
+        commits.waiting += 1;
+        while commits.started > commits.ended && commits.ended < wanted {
+            commits = self
+                .commit_ended
+                .wait(commits)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        turn.waiting -= 1;
-        if let Some(outcome) = turn.outcome_for(wanted) {
+        commits.waiting -= 1;
+        if let Some(outcome) = commits.outcome_for(wanted) {
             return outcome;
         }
-        turn.started += 1;
-        drop(turn);
+        commits.started += 1;
+        drop(commits);
 
-        // Ends the turn on every way out, else the others would wait for ever.
-        let mut ending = EndTurn {
-            turn: &self.turn,
-            turn_over: &self.turn_over,
+        // Ends the commit on every way out, else the others would wait for ever.
+        let mut ending = EndOfCommit {
+            commits: &self.commits,
+            commit_ended: &self.commit_ended,
             failure: Some((libc::EIO, "a flush did not end".to_string())),
         };
         let done = self.flush_alone(word);
@@ -126,21 +129,21 @@ impl<F: ImageFile> Image<F> {
         }
         self.expect_whole(&mut writer)?;
         self.give_up_leaks(&mut writer, word)?;
-        let mut marks = Marks::new();
-        for shard in &self.changes {
+        let mut marks = ClusterSet::new();
+        for shard in &self.dirty {
             marks.append(&mut locked(shard));
         }
         if marks.is_empty() {
             return self.sync_or_fail(&mut writer);
         }
         // Last what may find no space: then the rest is safe by that time. (Who was let
-        // through without space is in `short` before it is in the marks.)
-        let (unsure, sure): (Marks, Marks) = {
-            let short = locked(&self.short);
-            let is_short = |(group, _): &(u64, u64)| short.contains(group);
-            marks.into_iter().partition(is_short)
+        // through without space is in `unreserved` before it is in the marks.)
+        let (last, first): (ClusterSet, ClusterSet) = {
+            let unreserved = locked(&self.unreserved);
+            let is_unreserved = |(group, _): &(u64, u64)| unreserved.contains(group);
+            marks.into_iter().partition(is_unreserved)
         };
-        let mut passes = passes(sure).chain(passes(unsure));
+        let mut passes = passes(first).chain(passes(last));
         while let Some(marks) = passes.next() {
             if let Err(e) = self.flush_marked(&mut writer, &marks, word) {
                 // They are not in the file yet. Those that are lose nothing by
@@ -151,9 +154,9 @@ impl<F: ImageFile> Image<F> {
                 return Err(e);
             }
             // What was written has space.
-            let mut short = locked(&self.short);
-            if !short.is_empty() {
-                short.retain(|group| !marks.contains_key(group));
+            let mut unreserved = locked(&self.unreserved);
+            if !unreserved.is_empty() {
+                unreserved.retain(|group| !marks.contains_key(group));
             }
         }
         Ok(())
@@ -162,13 +165,13 @@ impl<F: ImageFile> Image<F> {
     /// Somebody who does not heed locks may have cut the file, and tables with it.
     fn expect_whole(&self, writer: &mut Writer) -> Result<()> {
         let len = self.file.size();
-        let len = len.map_err(|e| self.error(e, "asking the length of the overlay"))?;
+        let len = len.map_err(|e| self.name.failed(e, "asking the length of"))?;
         if len >= self.layout.end {
             return Ok(());
         }
         let reason = format!(
             "cow-overlay={} was truncated to {len} bytes while it was served",
-            self.path.display()
+            self.name.path().display()
         );
         writer.failed = Some(reason.clone());
         Err(Error::new(libc::EIO, reason))
@@ -197,7 +200,7 @@ impl<F: ImageFile> Image<F> {
     fn flush_marked(
         &self,
         writer: &mut Writer,
-        marks: &Marks,
+        marks: &ClusterSet,
         word: &dyn Fn(GuestCluster) -> u64,
     ) -> Result<()> {
         let seen: Vec<Seen> = spans(marks)
@@ -253,7 +256,7 @@ impl<F: ImageFile> Image<F> {
             .iter()
             .filter(|seen| {
                 let is_right = contains(&writer.counted, seen.cluster) == counted
-                    && !contains(&writer.unsure, seen.cluster);
+                    && !contains(&writer.unknown, seen.cluster);
                 has_data(seen.word) == counted && !is_right
             })
             .map(|seen| Seen { ..*seen })
@@ -262,7 +265,7 @@ impl<F: ImageFile> Image<F> {
             let bytes = u16::from(counted).to_be_bytes().repeat(run.len());
             let done = self.write_at(&bytes, self.layout.refcount_at(run[0].cluster));
             for seen in run {
-                set(&mut writer.unsure, seen.cluster, done.is_err());
+                set(&mut writer.unknown, seen.cluster, done.is_err());
                 if done.is_ok() {
                     set(&mut writer.counted, seen.cluster, counted);
                 }
@@ -279,7 +282,7 @@ impl<F: ImageFile> Image<F> {
     /// EIO, now and for ever, if a sync has failed.
     fn expect_synced(&self, writer: &mut Writer, synced: io::Result<()>) -> Result<()> {
         synced.map_err(|e| {
-            let reason = self.error(e, "syncing the overlay").to_string();
+            let reason = self.name.failed(e, "syncing").to_string();
             writer.failed = Some(reason.clone());
             Error::new(libc::EIO, reason)
         })
@@ -287,33 +290,36 @@ impl<F: ImageFile> Image<F> {
 }
 
 /// `marks`, so many at once as a flush takes.
-fn passes(mut rest: Marks) -> impl Iterator<Item = Marks> {
+fn passes(mut rest: ClusterSet) -> impl Iterator<Item = ClusterSet> {
     std::iter::from_fn(move || {
         let later = match rest.keys().nth(GROUPS_PER_PASS) {
             Some(&group) => rest.split_off(&group),
-            None => Marks::new(),
+            None => ClusterSet::new(),
         };
         let marks = std::mem::replace(&mut rest, later);
         (!marks.is_empty()).then_some(marks)
     })
 }
 
-fn contains(marks: &Marks, cluster: GuestCluster) -> bool {
-    let bits = marks.get(&(cluster.0 / CLUSTERS_PER_GROUP));
-    bits.is_some_and(|bits| bits >> (cluster.0 % CLUSTERS_PER_GROUP) & 1 != 0)
+fn contains(set: &ClusterSet, cluster: GuestCluster) -> bool {
+    let bits = set.get(&(cluster.0 / CLUSTERS_PER_GROUP));
+    bits.is_some_and(|bits| bits.view_bits::<Lsb0>()[number_in_group(cluster)])
 }
 
-fn set(marks: &mut Marks, cluster: GuestCluster, is_marked: bool) {
+fn set(set: &mut ClusterSet, cluster: GuestCluster, is_in: bool) {
     let group = cluster.0 / CLUSTERS_PER_GROUP;
-    let bit = 1 << (cluster.0 % CLUSTERS_PER_GROUP);
-    if is_marked {
-        *marks.entry(group).or_default() |= bit;
-    } else if let Some(bits) = marks.get_mut(&group) {
-        *bits &= !bit;
+    if is_in || set.contains_key(&group) {
+        let bits = set.entry(group).or_default();
+        bits.view_bits_mut::<Lsb0>()
+            .set(number_in_group(cluster), is_in);
     }
 }
 
-impl Turn {
+fn number_in_group(cluster: GuestCluster) -> usize {
+    (cluster.0 % CLUSTERS_PER_GROUP) as usize
+}
+
+impl GroupCommit {
     /// What to tell one for whom the flush of number `wanted`, or any later one, is
     /// good enough; none if no such flush has ended yet.
     ///
@@ -327,27 +333,27 @@ impl Turn {
     }
 }
 
-struct EndTurn<'a> {
-    turn: &'a Mutex<Turn>,
-    turn_over: &'a Condvar,
+struct EndOfCommit<'a> {
+    commits: &'a Mutex<GroupCommit>,
+    commit_ended: &'a Condvar,
     failure: Option<(i32, String)>,
 }
 
-impl Drop for EndTurn<'_> {
+impl Drop for EndOfCommit<'_> {
     fn drop(&mut self) {
-        let mut turn = locked(self.turn);
-        turn.ended = turn.started;
+        let mut commits = locked(self.commits);
+        commits.ended = commits.started;
         match self.failure.take() {
-            None => turn.good = turn.ended,
-            failure => turn.failure = failure,
+            None => commits.good = commits.ended,
+            failure => commits.failure = failure,
         }
-        self.turn_over.notify_all();
+        self.commit_ended.notify_all();
     }
 }
 
 /// The clusters from the first to the last marked one of each group: those in
 /// between go with them in one write.
-fn spans(marks: &Marks) -> impl Iterator<Item = GuestCluster> + '_ {
+fn spans(marks: &ClusterSet) -> impl Iterator<Item = GuestCluster> + '_ {
     marks.iter().flat_map(|(group, bits)| {
         let first = group * CLUSTERS_PER_GROUP;
         let start = first + u64::from(bits.trailing_zeros());
@@ -367,19 +373,19 @@ mod tests {
 
     #[test]
     fn a_flush_that_one_waited_for_counts_whatever_became_of_later_ones() {
-        let turn = |good, ended| Turn {
+        let commits = |good, ended| GroupCommit {
             started: ended,
             ended,
             good,
             failure: Some((libc::ENOSPC, "full".to_string())),
             waiting: 0,
         };
-        let told = |turn: Turn| turn.outcome_for(2).map(|outcome| outcome.is_ok());
-        assert_eq!(told(turn(1, 1)), None);
-        assert_eq!(told(turn(1, 2)), Some(false));
-        assert_eq!(told(turn(1, 3)), Some(false));
-        assert_eq!(told(turn(2, 2)), Some(true));
-        assert_eq!(told(turn(2, 3)), Some(true));
-        assert_eq!(told(turn(3, 3)), Some(true));
+        let told = |commits: GroupCommit| commits.outcome_for(2).map(|outcome| outcome.is_ok());
+        assert_eq!(told(commits(1, 1)), None);
+        assert_eq!(told(commits(1, 2)), Some(false));
+        assert_eq!(told(commits(1, 3)), Some(false));
+        assert_eq!(told(commits(2, 2)), Some(true));
+        assert_eq!(told(commits(2, 3)), Some(true));
+        assert_eq!(told(commits(3, 3)), Some(true));
     }
 }

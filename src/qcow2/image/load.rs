@@ -26,7 +26,7 @@ impl<F: ImageFile> Image<F> {
                 let (found, wanted) = (be_u64(found, 0), wanted.next().unwrap_or(0));
                 if found != wanted {
                     let at = at + 8 * i as u64;
-                    return Err(self.refused(format!(
+                    return Err(self.name.refused(format!(
                         "its {name} was changed: at {at:#x} there is {found:#x}, not {wanted:#x}"
                     )));
                 }
@@ -49,7 +49,7 @@ impl<F: ImageFile> Image<F> {
             let chunk = &mut bytes[..len as usize];
             self.file
                 .read_at(chunk, at)
-                .map_err(|e| self.error(e, &format!("reading {len} bytes of tables at {at:#x}")))?;
+                .map_err(|e| self.name.failed_at(e, "reading tables of", at, len))?;
             each(at, chunk)?;
             at += len;
         }
@@ -83,7 +83,7 @@ impl<F: ImageFile> Image<F> {
                 let group = first.0 / CLUSTERS_PER_GROUP + i as u64;
                 let (words, counted) = self.check_group(group, entries, refcounts)?;
                 if !is_zero(entries) {
-                    self.note_present(group);
+                    self.note_described(group);
                 }
                 if counted != 0 {
                     writer.counted.insert(group, counted);
@@ -107,9 +107,10 @@ impl<F: ImageFile> Image<F> {
         let left = self.layout.guest_clusters().saturating_sub(first.0);
         let buf = &mut buf[..(described.min(left) * REFCOUNT_LEN) as usize];
         let at = self.layout.refcount_at(first);
-        self.file
-            .read_at(buf, at)
-            .map_err(|e| self.error(e, &format!("reading refcounts at {at:#x}")))?;
+        self.file.read_at(buf, at).map_err(|e| {
+            self.name
+                .failed_at(e, "reading refcounts of", at, buf.len() as u64)
+        })?;
         Ok(buf)
     }
 
@@ -121,7 +122,7 @@ impl<F: ImageFile> Image<F> {
             .position(|found| found != wanted)
         {
             None => Ok(()),
-            Some(i) => Err(self.refused(format!(
+            Some(i) => Err(self.name.refused(format!(
                 "a refcount at {:#x} is {:#x}, not {}: run qemu-img check -r all",
                 at + 2 * i as u64,
                 u16::from_be_bytes([bytes[2 * i], bytes[2 * i + 1]]),
@@ -157,7 +158,7 @@ impl<F: ImageFile> Image<F> {
         let layout = self.layout;
         let at = layout.entry_at(cluster);
         let refused = |what: String| {
-            Err(self.refused(format!(
+            Err(self.name.refused(format!(
                 "cluster {cluster} of the disk is not as this filter leaves it: {what}"
             )))
         };

@@ -41,11 +41,11 @@
 //!
 //! # Locks
 //!
-//! `turn` (with its condition variable) decides who flushes and is held for
-//! moments only; `writer` is held through a flush, by the one whose turn it is;
-//! a shard of `changes` is the innermost of all: it is held while the block map
+//! `commits` (with its condition variable) decides who flushes and is held for
+//! moments only; `writer` is held through a flush, by the one who commits for the group;
+//! a shard of `dirty` is the innermost of all: it is held while the block map
 //! changes, which takes no lock, and nothing else is taken under it. A shard of
-//! `reserved`, `short` and `present` are taken in this order, for moments, and nothing
+//! `reserved`, `unreserved` and `described` are taken in this order, for moments, and nothing
 //! else is taken under them. Who changes blocks takes their stripe before a shard, a
 //! flush takes no stripe.
 
@@ -54,16 +54,18 @@ mod load;
 mod space;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::PoisonError;
+
+use bitvec::array::BitArray;
+use bitvec::order::Lsb0;
 
 use super::file::ImageFile;
 use super::header::Header;
 use super::layout::Layout;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::overlay_file::OverlayFile;
 use crate::sync::{Condvar, Mutex, MutexGuard};
-pub use space::Becomes;
 
 /// Changes are kept for so many clusters together, 1 KiB of L2 entries: a leaf
 /// of the block map.
@@ -71,8 +73,8 @@ pub const CLUSTERS_PER_GROUP: u64 = 64;
 /// (Two are as many as the model checker needs.)
 const SHARDS: usize = if cfg!(loom) { 2 } else { 64 };
 
-/// By group: a bit for each of its clusters.
-type Marks = BTreeMap<u64, u64>;
+/// Clusters, by group: a bit for each of the group's clusters.
+type ClusterSet = BTreeMap<u64, u64>;
 
 /// The words of one group.
 pub type Words = [u64; CLUSTERS_PER_GROUP as usize];
@@ -80,21 +82,21 @@ pub type Words = [u64; CLUSTERS_PER_GROUP as usize];
 /// See the module's documentation.
 pub struct Image<F> {
     file: F,
-    path: PathBuf,
+    name: OverlayFile,
     layout: Layout,
-    /// Clusters whose words have changed since they were last flushed.
-    changes: Vec<Mutex<Marks>>,
+    /// Dirty clusters: their words have changed since they were last flushed.
+    dirty: Vec<Mutex<ClusterSet>>,
     /// Groups whose tables have been given space: a bit each, by the number of 64 of
     /// them.
-    reserved: Vec<Mutex<Marks>>,
+    reserved: Vec<Mutex<ClusterSet>>,
     /// Groups that had entries when the image was opened, in the same way.
-    present: Mutex<Marks>,
+    described: Mutex<ClusterSet>,
     /// Groups that have changed though they could not be given space.
-    short: Mutex<BTreeSet<u64>>,
+    unreserved: Mutex<BTreeSet<u64>>,
     writer: Mutex<Writer>,
     export: Mutex<Export>,
-    turn: Mutex<Turn>,
-    turn_over: Condvar,
+    commits: Mutex<GroupCommit>,
+    commit_ended: Condvar,
 }
 
 /// The hash of the name of the export that the image keeps; 0: not known.
@@ -109,13 +111,13 @@ struct Export {
 /// What only the one who flushes needs.
 struct Writer {
     /// Clusters whose refcount in the file is 1.
-    counted: Marks,
+    counted: ClusterSet,
     /// Clusters that were leaked when the image was opened, until the first flush.
-    leaks: Marks,
+    leaks: ClusterSet,
     /// Clusters whose refcount may be 0 or 1, whatever `counted` says: a write of it
     /// failed, and may have been done in part. The next flush writes it, else it might
     /// rely on a 1 that is not there.
-    unsure: Marks,
+    unknown: ClusterSet,
     /// Set when a sync failed. The system may have thrown away what it could not
     /// write, and would not say so a second time.
     failed: Option<String>,
@@ -123,7 +125,7 @@ struct Writer {
 
 /// Flushes are numbered from 1 on.
 #[derive(Default)]
-struct Turn {
+struct GroupCommit {
     started: u64,
     ended: u64,
     /// The last one that was good. So was all that an earlier one was asked for, if
@@ -137,7 +139,9 @@ struct Turn {
 
 /// The numbers of the bits that are set.
 fn ones(bits: u64) -> impl Iterator<Item = u64> {
-    (0..u64::from(u64::BITS)).filter(move |i| bits >> i & 1 != 0)
+    let bits = BitArray::<[u64; 1], Lsb0>::new([bits]);
+    let set = bits.into_iter().enumerate().filter(|(_, is_set)| *is_set);
+    set.map(|(number, _)| number as u64)
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -149,15 +153,15 @@ impl<F: ImageFile> Image<F> {
     /// Makes an image in `file`, which is empty. It is on the disk when this
     /// returns. `path` is for messages.
     pub fn create(file: F, path: &Path, header: &Header) -> Result<Self> {
-        let image = Self::new(file, path, header);
+        let image = Self::new(file, OverlayFile::Image(path.to_owned()), header);
         let layout = image.layout;
         let be = |numbers: &mut dyn Iterator<Item = u64>| -> Vec<u8> {
             numbers.flat_map(u64::to_be_bytes).collect()
         };
-        image
-            .file
-            .set_size(layout.end)
-            .map_err(|e| image.error(e, &format!("making it {} bytes long", layout.end)))?;
+        image.file.set_size(layout.end).map_err(|e| {
+            let operation = format!("extending to {} bytes", layout.end);
+            image.name.failed(e, &operation)
+        })?;
         image.write_at(&header.to_bytes(), 0)?;
         image.write_at(
             &be(&mut layout.refcount_table_entries()),
@@ -171,23 +175,25 @@ impl<F: ImageFile> Image<F> {
         image
             .file
             .sync()
-            .map_err(|e| image.error(e, "syncing it"))?;
+            .map_err(|e| image.name.failed(e, "syncing"))?;
         Ok(image)
     }
 
     /// Checks what lies before the L2 tables; [`Image::load`] has to follow.
     /// EINVAL, with what is wrong and where, if this filter can't go on with it.
     pub fn open(file: F, path: &Path) -> Result<(Self, Header)> {
-        let failed = |e, tried: &str| Error::io(e, format!("{tried} {}", path.display()));
-        let len = file.size().map_err(|e| failed(e, "asking the length of"))?;
+        let name = OverlayFile::Image(path.to_owned());
+        let len = file
+            .size()
+            .map_err(|e| name.failed(e, "asking the length of"))?;
         let mut bytes = vec![0; len.min(16 << 10) as usize];
         file.read_at(&mut bytes, 0)
-            .map_err(|e| failed(e, "reading the header of"))?;
-        let header = Header::from_bytes(&bytes).map_err(|e| refusal(path, e))?;
-        let image = Self::new(file, path, &header);
+            .map_err(|e| name.failed(e, "reading the header of"))?;
+        let header = Header::from_bytes(&bytes).map_err(|e| name.refused(e))?;
+        let image = Self::new(file, name, &header);
         let layout = image.layout;
         if len < layout.end {
-            return Err(image.refused(format!(
+            return Err(image.name.refused(format!(
                 "it is {len} bytes long, but should be {}: it was truncated, \
                  or emptied by qemu-img commit (which keeps it as it is with -d)",
                 layout.end
@@ -200,28 +206,28 @@ impl<F: ImageFile> Image<F> {
         Ok((image, header))
     }
 
-    fn new(file: F, path: &Path, header: &Header) -> Self {
+    fn new(file: F, name: OverlayFile, header: &Header) -> Self {
         Image {
             file,
-            path: path.to_owned(),
+            name,
             layout: header.layout,
             export: Mutex::new(Export {
                 recorded: header.export,
                 at: header.export_at,
                 current: header.export,
             }),
-            changes: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            dirty: (0..SHARDS).map(|_| Mutex::default()).collect(),
             reserved: (0..SHARDS).map(|_| Mutex::default()).collect(),
-            present: Mutex::default(),
-            short: Mutex::default(),
+            described: Mutex::default(),
+            unreserved: Mutex::default(),
             writer: Mutex::new(Writer {
-                counted: Marks::new(),
-                leaks: Marks::new(),
-                unsure: Marks::new(),
+                counted: ClusterSet::new(),
+                leaks: ClusterSet::new(),
+                unknown: ClusterSet::new(),
                 failed: None,
             }),
-            turn: Mutex::default(),
-            turn_over: Condvar::new(),
+            commits: Mutex::default(),
+            commit_ended: Condvar::new(),
         }
     }
 
@@ -229,8 +235,8 @@ impl<F: ImageFile> Image<F> {
         self.layout
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
+    pub fn name(&self) -> &OverlayFile {
+        &self.name
     }
 
     pub fn file(&self) -> &F {
@@ -244,35 +250,17 @@ impl<F: ImageFile> Image<F> {
 
     /// How many flushes wait for the one that is under way, or have yet to wake.
     pub fn flushes_waiting(&self) -> usize {
-        locked(&self.turn).waiting
-    }
-
-    fn refused(&self, what: impl std::fmt::Display) -> Error {
-        refusal(&self.path, what)
-    }
-
-    fn error(&self, source: io::Error, tried: &str) -> Error {
-        Error::io(
-            source,
-            format!("{tried} (cow-overlay={})", self.path.display()),
-        )
+        locked(&self.commits).waiting
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.file.write_at(bytes, offset).map_err(|e| {
-            let tried = format!("writing {} bytes of tables at {offset:#x}", bytes.len());
-            self.error(e, &tried)
+            let len = bytes.len() as u64;
+            self.name.failed_at(e, "writing tables of", offset, len)
         })
     }
 
-    fn shard(&self, group: u64) -> &Mutex<Marks> {
-        &self.changes[(group % SHARDS as u64) as usize]
+    fn shard(&self, group: u64) -> &Mutex<ClusterSet> {
+        &self.dirty[(group % SHARDS as u64) as usize]
     }
-}
-
-fn refusal(path: &Path, what: impl std::fmt::Display) -> Error {
-    Error::new(
-        libc::EINVAL,
-        format!("cow-overlay={} can't be used: {what}", path.display()),
-    )
 }

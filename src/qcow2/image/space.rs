@@ -6,19 +6,12 @@ use std::ops::Range;
 
 use super::super::file::ImageFile;
 use super::super::layout::{ENTRY_LEN, GuestCluster, REFCOUNT_LEN};
-use super::{CLUSTERS_PER_GROUP, Image, Marks, SHARDS, locked, ones};
+use super::{CLUSTERS_PER_GROUP, ClusterSet, Image, SHARDS, locked, ones};
 use crate::error::Result;
 use crate::sync::Mutex;
 
 /// Groups that are remembered together, as the bits of a word.
 const GROUPS_PER_WORD: u64 = 64;
-
-/// What the blocks of a cluster are to become.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Becomes {
-    Data,
-    Zero,
-}
 
 impl<F: ImageFile> Image<F> {
     /// Takes the space for the tables of `clusters`. ENOSPC if there is none.
@@ -29,7 +22,7 @@ impl<F: ImageFile> Image<F> {
     ///
     /// No lock is held while the file system works. Two who take the same space do no
     /// harm.
-    pub fn reserve(&self, clusters: Range<GuestCluster>, becomes: Becomes) -> Result<()> {
+    pub fn reserve(&self, clusters: Range<GuestCluster>, is_discard: bool) -> Result<()> {
         let groups =
             clusters.start.0 / CLUSTERS_PER_GROUP..clusters.end.0.div_ceil(CLUSTERS_PER_GROUP);
         for key in groups.start / GROUPS_PER_WORD..groups.end.div_ceil(GROUPS_PER_WORD) {
@@ -40,7 +33,7 @@ impl<F: ImageFile> Image<F> {
             let reserved = locked(self.reserved(key)).get(&key).copied();
             let missing = wanted & !reserved.unwrap_or(0);
             if missing != 0 {
-                self.reserve_missing(key, missing, becomes)?;
+                self.reserve_missing(key, missing, is_discard)?;
             }
         }
         Ok(())
@@ -48,32 +41,32 @@ impl<F: ImageFile> Image<F> {
 
     /// Does it for the groups of word `key` whose bits are in `missing`.
     #[cold]
-    fn reserve_missing(&self, key: u64, missing: u64, becomes: Becomes) -> Result<()> {
+    fn reserve_missing(&self, key: u64, missing: u64, is_discard: bool) -> Result<()> {
         let first = key * GROUPS_PER_WORD;
         let start = first + u64::from(missing.trailing_zeros());
         let end = first + GROUPS_PER_WORD - u64::from(missing.leading_zeros());
         let groups = |bits| ones(bits).map(|i| first + i);
         let taken = self.take_space(start..end);
         // Both are changed under one hold, or a group that another has given space
-        // meanwhile would be among the short ones for good.
+        // meanwhile would be among the unreserved ones for good.
         let mut reserved = locked(self.reserved(key));
         let reserved = reserved.entry(key).or_default();
-        let mut short = locked(&self.short);
+        let mut unreserved = locked(&self.unreserved);
         match taken {
             Ok(()) => {
                 *reserved |= missing;
                 for group in groups(missing) {
-                    short.remove(&group);
+                    unreserved.remove(&group);
                 }
                 Ok(())
             }
             Err(e) => {
-                let present = locked(&self.present).get(&key).copied().unwrap_or(0);
-                if becomes == Becomes::Data || missing & !(present | *reserved) != 0 {
+                let described = locked(&self.described).get(&key).copied().unwrap_or(0);
+                if !is_discard || missing & !(described | *reserved) != 0 {
                     return Err(e);
                 }
                 log::debug!("discards all the same: {e}");
-                short.extend(groups(missing & !*reserved));
+                unreserved.extend(groups(missing & !*reserved));
                 Ok(())
             }
         }
@@ -94,21 +87,22 @@ impl<F: ImageFile> Image<F> {
             (entries, entries_end.min(self.layout.data)),
             (refcounts, refcounts_end.min(self.layout.l1)),
         ] {
-            self.file
-                .reserve(at, end - at)
-                .map_err(|e| self.error(e, "taking space for the tables of the overlay"))?;
+            self.file.reserve(at, end - at).map_err(|e| {
+                let operation = "taking space for tables of";
+                self.name.failed_at(e, operation, at, end - at)
+            })?;
         }
         Ok(())
     }
 
     /// Takes note, while the image is loaded, that a group has entries.
-    pub(super) fn note_present(&self, group: u64) {
-        *locked(&self.present)
+    pub(super) fn note_described(&self, group: u64) {
+        *locked(&self.described)
             .entry(group / GROUPS_PER_WORD)
             .or_default() |= 1 << (group % GROUPS_PER_WORD);
     }
 
-    fn reserved(&self, key: u64) -> &Mutex<Marks> {
+    fn reserved(&self, key: u64) -> &Mutex<ClusterSet> {
         &self.reserved[(key % SHARDS as u64) as usize]
     }
 }

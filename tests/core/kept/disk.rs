@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nbdkit_cow_filter::error::{Error, Result};
-use nbdkit_cow_filter::overlay::kept::KeptStore;
+use nbdkit_cow_filter::kept::{self, KeptStore};
 use nbdkit_cow_filter::overlay::{Overlay, Zeroing};
 use nbdkit_cow_filter::qcow2::header::Header;
 use nbdkit_cow_filter::qcow2::image::Image;
@@ -70,7 +70,7 @@ pub fn new_image(size: u64, block: u64) -> Content {
 
 pub fn resume(recorder: &Recorder) -> Result<Kept> {
     let (image, _) = Image::open(recorder.clone(), Path::new("kept"))?;
-    Overlay::resume(image, true)
+    kept::resume(image, true)
 }
 
 /// Flushes, and has the record say for what that is good: for all that was asked for

@@ -5,7 +5,7 @@ use std::path::Path;
 use nbdkit_cow_filter::block::{BlockSize, ByteRange};
 use nbdkit_cow_filter::buffer::is_zero;
 use nbdkit_cow_filter::error::Result;
-use nbdkit_cow_filter::overlay::kept::KeptStore;
+use nbdkit_cow_filter::kept::{KeptStore, resume};
 use nbdkit_cow_filter::overlay::{Overlay, State, Zeroing};
 use nbdkit_cow_filter::qcow2::header::{Header, Mtime};
 use nbdkit_cow_filter::qcow2::image::Image;
@@ -150,7 +150,7 @@ impl Session {
             if layout.data > MAX_TABLES {
                 return Ok(None);
             }
-            let (resumed, taken) = peak(|| Overlay::resume(image, self.can_zero_range));
+            let (resumed, taken) = peak(|| resume(image, self.can_zero_range));
             let pages = self
                 .file
                 .sparse()

@@ -62,7 +62,7 @@ fn after_a_failed_sync_no_flush_succeeds_and_reads_go_on() {
         assert_says(
             &server.stop_and_tell(),
             &[
-                "syncing the overlay",
+                "syncing cow-overlay=",
                 "I/O error",
                 "an earlier flush failed",
                 "incomplete",

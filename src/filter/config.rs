@@ -3,12 +3,12 @@
 //! Sizes and booleans are spelled as everywhere else in nbdkit; a user must not
 //! have to learn that one filter wants `64KiB` where the others want `64K`.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{self, Path, PathBuf};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
+use crate::kept::{Backing, absolute};
 
 /// Which overlay a connection gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -38,36 +38,6 @@ impl OnRead {
             OnRead::Never => false,
             OnRead::Always => true,
             OnRead::WhileExists(path) => path.exists(),
-        }
-    }
-}
-
-/// What QEMU is to find the base by.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Backing {
-    /// A file's absolute path.
-    File(PathBuf),
-    /// Anything else: a URI, or another name with a protocol.
-    Name(OsString),
-}
-
-impl Backing {
-    /// Takes a name as QEMU does: one with a colon before the first slash has a
-    /// protocol, all others are paths.
-    pub fn parse(name: &OsStr) -> Self {
-        let bytes = name.as_bytes();
-        let end = bytes.iter().position(|b| *b == b'/').unwrap_or(bytes.len());
-        if bytes[..end].contains(&b':') {
-            Backing::Name(name.to_owned())
-        } else {
-            Backing::File(absolute(Path::new(name)))
-        }
-    }
-
-    pub fn as_os_str(&self) -> &OsStr {
-        match self {
-            Backing::File(path) => path.as_os_str(),
-            Backing::Name(name) => name,
         }
     }
 }
@@ -188,13 +158,6 @@ impl Config {
     }
 }
 
-/// nbdkit changes its directory to `/` when it goes into the background.
-fn absolute(path: &Path) -> PathBuf {
-    // It fails for an empty path, or where there is no current directory: opening
-    // the file will tell.
-    path::absolute(path).unwrap_or_else(|_| path.to_owned())
-}
-
 fn refused(key: &str, value: &str, allowed: &str) -> Error {
     Error::new(
         libc::EINVAL,
@@ -241,6 +204,7 @@ fn parse_size(value: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::ffi::OsStrExt;
 
     fn config(pairs: &[(&str, &str)]) -> Config {
         let mut config = Config::default();

@@ -1,18 +1,54 @@
 //! The base of an image, as the image names it: what to record, and whether what is
 //! recorded is the base that is served.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{self, Path, PathBuf};
 
 use super::Kept;
-use crate::config::Backing;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::qcow2::header::{Header, MAX_BACKING_NAME, Mtime};
 use crate::qcow2::layout::SECTOR;
+
+/// What QEMU is to find the base by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backing {
+    /// A file's absolute path.
+    File(PathBuf),
+    /// Anything else: a URI, or another name with a protocol.
+    Name(OsString),
+}
+
+impl Backing {
+    /// Takes a name as QEMU does: one with a colon before the first slash has a
+    /// protocol, all others are paths.
+    pub fn parse(name: &OsStr) -> Self {
+        let bytes = name.as_bytes();
+        let end = bytes.iter().position(|b| *b == b'/').unwrap_or(bytes.len());
+        if bytes[..end].contains(&b':') {
+            Backing::Name(name.to_owned())
+        } else {
+            Backing::File(absolute(Path::new(name)))
+        }
+    }
+
+    pub fn as_os_str(&self) -> &OsStr {
+        match self {
+            Backing::File(path) => path.as_os_str(),
+            Backing::Name(name) => name,
+        }
+    }
+}
+
+/// nbdkit changes its directory to `/` when it goes into the background.
+pub fn absolute(path: &Path) -> PathBuf {
+    // It fails for an empty path, or where there is no current directory: opening
+    // the file will tell.
+    path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
 
 impl Kept {
     /// The recorded name must be that of the base, and the base should not have
@@ -20,13 +56,13 @@ impl Kept {
     pub(super) fn check_backing(&self, header: &Header) -> Result<()> {
         let recorded = OsStr::from_bytes(&header.backing);
         let recorded_file = match Backing::parse(recorded) {
-            Backing::File(_) => Some(self.place.directory().join(recorded)),
+            Backing::File(_) => Some(self.path.directory().join(recorded)),
             Backing::Name(_) => None,
         };
         let Some(backing) = &self.backing else {
             // Any disk of the same size would pass, and look damaged under the image.
             let name = recorded_file.as_deref().unwrap_or(Path::new(recorded));
-            return Err(self.place.refused(format!(
+            return Err(self.path.refused(format!(
                 "nothing says that this is the disk that it was made for: \
                  if it is, give its name with cow-backing={}",
                 name.display()
@@ -39,7 +75,7 @@ impl Kept {
         };
         if !is_same {
             let recorded = recorded_file.as_deref().unwrap_or(Path::new(recorded));
-            return Err(self.place.refused(format!(
+            return Err(self.path.refused(format!(
                 "its backing file is {0}, not {1} (if {0} is what is served, give \
                  cow-backing={0}; if it was renamed or moved, tell the image with: \
                  qemu-img rebase -u -F raw -b NAME)",
@@ -59,7 +95,7 @@ impl Kept {
                 "the base {} was modified since {} was made: if its content is another, \
                  the blocks that were not written to have changed under it",
                 Path::new(recorded).display(),
-                self.place.path().display()
+                self.path.path().display()
             );
         }
         Ok(())
@@ -72,25 +108,20 @@ impl Kept {
             Backing::Name(name) => name.clone().into_vec(),
             Backing::File(path) => {
                 let metadata = fs::metadata(path).map_err(|e| {
-                    Error::io(
-                        e,
-                        format!(
-                            "cow-overlay={}: its backing file {} (see cow-backing)",
-                            self.place.path().display(),
-                            path.display()
-                        ),
-                    )
+                    let path = path.display();
+                    self.path
+                        .failed(e, &format!("looking at {path} (see cow-backing) for"))
                 })?;
                 let kind = metadata.file_type();
                 if !kind.is_file() && !kind.is_block_device() {
-                    return Err(self.place.refused(format!(
+                    return Err(self.path.refused(format!(
                         "its backing file {} is no file and no block device: \
                          give its name with cow-backing=",
                         path.display()
                     )));
                 }
                 match (path.parent(), path.file_name()) {
-                    (Some(parent), Some(name)) if is_same_file(parent, self.place.directory()) => {
+                    (Some(parent), Some(name)) if is_same_file(parent, self.path.directory()) => {
                         // QEMU takes what is before a colon for a protocol.
                         let has_colon = name.as_bytes().contains(&b':');
                         let prefix = if has_colon { "./" } else { "" };
@@ -101,7 +132,7 @@ impl Kept {
             }
         };
         if name.is_empty() || name.len() > MAX_BACKING_NAME {
-            return Err(self.place.refused(format!(
+            return Err(self.path.refused(format!(
                 "the name of its backing file has {} bytes, and must have 1 to {MAX_BACKING_NAME}",
                 name.len()
             )));
@@ -127,7 +158,7 @@ impl Kept {
         } else {
             String::new()
         };
-        Err(self.place.refused(format!(
+        Err(self.path.refused(format!(
             "it was made for a base of {overlay} bytes, but this one has {size}{hint}"
         )))
     }
@@ -137,8 +168,9 @@ impl Kept {
         File::open(path)
             .and_then(|mut file| file.seek(SeekFrom::End(0)))
             .map_err(|e| {
-                self.place
-                    .failed(e, &format!("asking the size of {}", path.display()))
+                let path = path.display();
+                self.path
+                    .failed(e, &format!("asking the size of {path} for"))
             })
     }
 
@@ -148,7 +180,7 @@ impl Kept {
         if found == size {
             return Ok(());
         }
-        Err(self.place.refused(format!(
+        Err(self.path.refused(format!(
             "the export has {size} bytes, but its backing file {} has {found}: \
              give the name of what is exported with cow-backing=",
             path.display()

@@ -3,13 +3,12 @@
 use std::io;
 use std::ops::Range;
 
-use super::super::{Overlay, Store};
 use crate::block::{BlockNum, ByteRange};
 use crate::error::{Error, Result};
+use crate::overlay::{Overlay, State, Store};
 use crate::qcow2::file::ImageFile;
-use crate::qcow2::image::{Becomes, CLUSTERS_PER_GROUP, Image};
+use crate::qcow2::image::{CLUSTERS_PER_GROUP, Image};
 use crate::qcow2::layout::{BLOCKS_PER_CLUSTER, GuestCluster};
-use crate::sync::Ordering;
 
 const BLOCKS_PER_GROUP: u64 = BLOCKS_PER_CLUSTER * CLUSTERS_PER_GROUP;
 
@@ -38,12 +37,10 @@ impl<F: ImageFile> KeptStore<F> {
         Ok(layout.data + offset)
     }
 
-    fn error(&self, source: io::Error, tried: &str, offset: u64, len: u64) -> Error {
-        let path = self.image.path().display();
-        Error::io(
-            source,
-            format!("{tried} the overlay {path} ({len} bytes at offset {offset} of the disk)"),
-        )
+    /// `offset` is one of the disk.
+    fn failed(&self, source: io::Error, operation: &str, offset: u64, len: u64) -> Error {
+        let file = self.image.name();
+        file.failed_at(source, operation, self.image.layout().data + offset, len)
     }
 }
 
@@ -53,7 +50,7 @@ impl<F: ImageFile> Store for KeptStore<F> {
         self.image
             .file()
             .read_at(buf, self.host(offset, len)?)
-            .map_err(|e| self.error(e, "reading", offset, len))
+            .map_err(|e| self.failed(e, "reading", offset, len))
     }
 
     fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
@@ -61,14 +58,14 @@ impl<F: ImageFile> Store for KeptStore<F> {
         self.image
             .file()
             .write_at(buf, self.host(offset, len)?)
-            .map_err(|e| self.error(e, "writing to", offset, len))
+            .map_err(|e| self.failed(e, "writing to", offset, len))
     }
 
     fn punch(&self, range: ByteRange) -> Result<bool> {
         self.image
             .file()
             .punch(self.host(range.start, range.len())?, range.len())
-            .map_err(|e| self.error(e, "punching a hole in", range.start, range.len()))
+            .map_err(|e| self.failed(e, "punching a hole in", range.start, range.len()))
     }
 
     fn zero_range(&self, range: ByteRange) -> Result<bool> {
@@ -78,15 +75,16 @@ impl<F: ImageFile> Store for KeptStore<F> {
         self.image
             .file()
             .zero_range(self.host(range.start, range.len())?, range.len())
-            .map_err(|e| self.error(e, "zeroing", range.start, range.len()))
+            .map_err(|e| self.failed(e, "zeroing", range.start, range.len()))
     }
 
     fn can_zero_range(&self) -> bool {
         self.can_zero_range
     }
 
-    fn reserve(&self, blocks: &Range<BlockNum>, becomes: Becomes) -> Result<()> {
-        self.image.reserve(clusters_of(blocks), becomes)
+    fn reserve(&self, blocks: &Range<BlockNum>, becomes: State) -> Result<()> {
+        let is_discard = becomes == State::Zero;
+        self.image.reserve(clusters_of(blocks), is_discard)
     }
 
     fn publish(
@@ -115,19 +113,21 @@ fn clusters_of(blocks: &Range<BlockNum>) -> Range<GuestCluster> {
         ..GuestCluster(blocks.end.0.div_ceil(BLOCKS_PER_CLUSTER))
 }
 
-impl<F: ImageFile> Overlay<KeptStore<F>> {
-    /// The overlay that an image holds. The errors are those of [`Image::load`].
-    pub fn resume(image: Image<F>, can_zero_range: bool) -> Result<Self> {
-        let layout = image.layout();
-        let store = KeptStore::new(image, can_zero_range);
-        let overlay = Overlay::new(layout.disk_size(), layout.block_size(), store);
-        // A crash leaves bytes that no flush has told of, and a failed write too: what
-        // is discarded from now on gives their space back.
-        overlay.has_strays.store(true, Ordering::Relaxed);
-        overlay
-            .store
-            .image
-            .load(|group, words| overlay.map.load(group * CLUSTERS_PER_GROUP, words))?;
-        Ok(overlay)
-    }
+/// The overlay that an image holds. The errors are those of [`Image::load`].
+pub fn resume<F: ImageFile>(
+    image: Image<F>,
+    can_zero_range: bool,
+) -> Result<Overlay<KeptStore<F>>> {
+    let layout = image.layout();
+    let store = KeptStore::new(image, can_zero_range);
+    Overlay::resume(
+        layout.disk_size(),
+        layout.block_size(),
+        store,
+        |store, map| {
+            store
+                .image
+                .load(|group, words| map.load(group * CLUSTERS_PER_GROUP, words))
+        },
+    )
 }

@@ -1,0 +1,153 @@
+//! A connection's requests, and what its client is advised.
+
+use crate::base::{Base, Extent};
+use crate::block::BlockSize;
+use crate::error::Result;
+use crate::overlay::Zeroing;
+
+use super::Filter;
+use super::config::ScopeKind;
+use super::exports::{Member, each};
+
+/// Block-size advice to clients, in bytes (NBD_INFO_BLOCK_SIZE).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Advice {
+    pub minimum: u32,
+    pub preferred: u32,
+    pub maximum: u32,
+}
+
+/// nbdkit refuses a preferred size above this.
+const MAX_PREFERRED: u64 = 32 << 20;
+
+/// A client's connection to an export.
+pub struct Connection<'a> {
+    filter: &'a Filter,
+    overlay: Member<'a>,
+}
+
+impl<'a> Connection<'a> {
+    pub(super) fn new(filter: &'a Filter, overlay: Member<'a>) -> Self {
+        Connection { filter, overlay }
+    }
+
+    /// The size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        each!(&self.overlay, overlay => overlay.size())
+    }
+
+    /// Whether what one connection has written is seen by the others.
+    pub fn can_multi_conn(&self) -> bool {
+        self.filter.config.scope == ScopeKind::Export
+    }
+
+    /// The advice to the client, given that of the layer below (`None`: it has none).
+    pub fn advice(&self, below: Option<Advice>) -> Advice {
+        advice(each!(&self.overlay, overlay => overlay.block_size()), below)
+    }
+
+    pub fn read(&self, base: &impl Base, buf: &mut [u8], offset: u64) -> Result<()> {
+        log::trace!("request: read {} bytes at {offset}", buf.len());
+        let copy = self.filter.config.on_read.is_on();
+        each!(&self.overlay, overlay => overlay.read(base, buf, offset, copy))
+    }
+
+    /// With `fua`, here and below: what was written is safe from power loss, where
+    /// it is kept at all.
+    pub fn write(&self, base: &impl Base, buf: &[u8], offset: u64, fua: bool) -> Result<()> {
+        log::trace!("request: write {} bytes at {offset}, fua={fua}", buf.len());
+        each!(&self.overlay, overlay => overlay.write(base, buf, offset))?;
+        self.flush_if(fua)
+    }
+
+    pub fn zero(
+        &self,
+        base: &impl Base,
+        offset: u64,
+        len: u64,
+        how: Zeroing,
+        fua: bool,
+    ) -> Result<()> {
+        log::trace!("request: zero {len} bytes at {offset}, {how:?}, fua={fua}");
+        each!(&self.overlay, overlay => overlay.zero(base, offset, len, how))?;
+        self.flush_if(fua)
+    }
+
+    fn flush_if(&self, fua: bool) -> Result<()> {
+        if fua {
+            each!(&self.overlay, overlay => overlay.flush())
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Covers what all connections have written. (A temporary overlay need not
+    /// survive anything: nothing is left to do.)
+    pub fn flush(&self) -> Result<()> {
+        log::trace!("request: flush");
+        each!(&self.overlay, overlay => overlay.flush())
+    }
+
+    pub fn cache(&self, base: &impl Base, offset: u64, len: u64) -> Result<()> {
+        log::trace!("request: cache {len} bytes at {offset}");
+        let copy = self.filter.config.on_cache;
+        each!(&self.overlay, overlay => overlay.cache(base, offset, len, copy))
+    }
+
+    pub fn extents(
+        &self,
+        base: &impl Base,
+        offset: u64,
+        len: u64,
+        only_first: bool,
+    ) -> Result<Vec<Extent>> {
+        log::trace!("request: extents of {len} bytes at {offset}, only_first={only_first}");
+        each!(&self.overlay, overlay => overlay.extents(base, offset, len, only_first))
+    }
+}
+
+fn advice(block_size: BlockSize, below: Option<Advice>) -> Advice {
+    let preferred = block_size.bytes().min(MAX_PREFERRED) as u32;
+    match below {
+        // We split requests ourselves, so any size is right.
+        None => Advice {
+            minimum: 1,
+            preferred,
+            maximum: u32::MAX,
+        },
+        Some(below) if below.maximum >= preferred => Advice {
+            preferred: below.preferred.max(preferred),
+            ..below
+        },
+        Some(below) => below,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(block_size: u64, below: Option<(u32, u32, u32)>) -> (u32, u32, u32) {
+        let block_size = BlockSize::new(block_size).expect("a block size");
+        let below = below.map(|(minimum, preferred, maximum)| Advice {
+            minimum,
+            preferred,
+            maximum,
+        });
+        let advice = advice(block_size, below);
+        (advice.minimum, advice.preferred, advice.maximum)
+    }
+
+    #[test]
+    fn without_constraints_below_any_size_goes_and_the_block_size_is_best() {
+        assert_eq!(of(4096, None), (1, 4096, u32::MAX));
+        assert_eq!(of(1 << 31, None), (1, 32 << 20, u32::MAX));
+    }
+
+    #[test]
+    fn constraints_below_are_kept_but_the_preferred_size_is_raised() {
+        assert_eq!(of(65536, Some((512, 4096, 1 << 20))), (512, 65536, 1 << 20));
+        assert_eq!(of(4096, Some((512, 65536, 1 << 20))), (512, 65536, 1 << 20));
+        assert_eq!(of(65536, Some((512, 4096, 32768))), (512, 4096, 32768));
+    }
+}

@@ -1,0 +1,113 @@
+//! What nbdkit's callbacks mean, in safe Rust.
+//!
+//! The life of a filter: [`Filter::new`] when all parameters are known and
+//! before nbdkit goes into the background; [`Filter::connect`] when a client has
+//! chosen an export; then that [`Connection`]'s requests, in parallel, until it is
+//! dropped; [`Filter::finish`] when all clients are gone.
+
+pub mod config;
+mod connection;
+mod exports;
+
+use std::ffi::CStr;
+use std::process;
+use std::sync::OnceLock;
+
+use nix::unistd::{Uid, geteuid};
+
+use crate::error::{Error, Result};
+use crate::temporary::Directory;
+use config::{Config, FilesBelow};
+pub use connection::{Advice, Connection};
+use exports::Exports;
+
+/// What all connections share.
+pub struct Filter {
+    config: Config,
+    exports: Exports,
+    user: Uid,
+    process: u32,
+    /// Why nobody is served.
+    unfit: OnceLock<String>,
+}
+
+impl Filter {
+    /// Fails if the directory of the overlay, or the image that is to be one, is not
+    /// fit for it.
+    pub fn new(config: Config) -> Result<Self> {
+        log::debug!("{config:?}");
+        Ok(Filter {
+            exports: Exports::new(&config)?,
+            config,
+            user: geteuid(),
+            process: process::id(),
+            unfit: OnceLock::new(),
+        })
+    }
+
+    /// Looks at the directory again if nbdkit has become another user (`-u`)
+    /// since [`Filter::new`]. One overlay file is there already and will do for
+    /// most, so that this user can make no others is only worth a warning.
+    pub fn recheck(&self) {
+        let Exports::Temporary(temporary) = &self.exports else {
+            return;
+        };
+        if geteuid() == self.user {
+            return;
+        }
+        if let Err(e) = Directory::open(temporary.directory()) {
+            log::warn!("only one overlay file can be had: as the user that nbdkit is now, {e}");
+        }
+    }
+
+    /// Tells before any client connects whether the overlay that is kept fits the
+    /// base; `size` asks the base for its size in bytes.
+    pub fn check_base(&self, size: impl FnOnce() -> Result<u64>) -> Result<()> {
+        let Exports::Kept(kept, _) = &self.exports else {
+            return Ok(());
+        };
+        // A plugin of several disks may ask which export the client has chosen, and some
+        // crash where there is no client (file with dir=). One that was given a file
+        // has one disk.
+        let FilesBelow::One(_) = self.config.files_below else {
+            return Ok(());
+        };
+        match size() {
+            Ok(size) => kept.prepare(size).or_else(|e| self.refuse_all(e)),
+            Err(e) => {
+                // A plugin may have no default export: the first client will see.
+                log::debug!("the size of the disk is not known before a client connects: {e}");
+                Ok(())
+            }
+        }
+    }
+
+    /// Where nbdkit has forked, whoever started it would not see it end: the command of
+    /// `--run` waits for ever to be served by nobody. So it goes on, and says no.
+    fn refuse_all(&self, why: Error) -> Result<()> {
+        if process::id() == self.process {
+            return Err(why);
+        }
+        log::error!("{why}");
+        self.unfit.get_or_init(|| why.to_string());
+        Ok(())
+    }
+
+    /// A connection to `export`, whose base has `size` bytes.
+    /// EINVAL if its overlay was made for another size.
+    pub fn connect(&self, export: &CStr, size: u64) -> Result<Connection<'_>> {
+        if let Some(why) = self.unfit.get() {
+            return Err(Error::new(libc::EINVAL, why.clone()));
+        }
+        let overlay = self.exports.join(export, size)?;
+        Ok(Connection::new(self, overlay))
+    }
+
+    /// Makes safe what is to be kept, when the last client is gone.
+    pub fn finish(&self) -> Result<()> {
+        match &self.exports {
+            Exports::Temporary(_) => Ok(()),
+            Exports::Kept(kept, _) => kept.finish(),
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Where an image is, or is to be: its path, its directory, and the lock on it.
+
+use std::fs::File;
+use std::ops::Deref;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use nix::sys::resource::{Resource, getrlimit};
+
+use crate::error::{Error, Result};
+use crate::file_system::FileSystem;
+use crate::overlay_file::OverlayFile;
+use crate::qcow2::layout::Layout;
+use crate::qcow2::lock::lock_for_writing;
+
+/// An image's path, which is absolute.
+pub struct ImagePath(OverlayFile);
+
+impl ImagePath {
+    pub fn new(path: &Path) -> Self {
+        ImagePath(OverlayFile::Image(path.to_owned()))
+    }
+
+    /// There was nothing at the path when nbdkit started.
+    pub fn was_made_meanwhile(&self) -> Error {
+        self.refused_with(
+            libc::EEXIST,
+            "it was made by another program meanwhile: start nbdkit again to go on with it",
+        )
+    }
+
+    pub fn directory(&self) -> &Path {
+        // Absolute, so there is one, except for "/", which is no regular file.
+        self.path().parent().unwrap_or(Path::new("/"))
+    }
+
+    /// Locks `file` as QEMU does, so that no other program writes to it.
+    pub fn lock(&self, file: &File) -> Result<()> {
+        match lock_for_writing(file) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(self.refused_with(
+                libc::EBUSY,
+                "it is in use by another program (nbdkit, qemu, qemu-img)",
+            )),
+            Err(e) => Err(self.failed(e, "locking")),
+        }
+    }
+
+    /// An error if `file` has no name any more: it will be gone with this process.
+    /// (Another name is as good: it may have been moved.)
+    pub fn expect_still_there(&self, file: &File) -> Result<()> {
+        let about = file.metadata();
+        if about.map_err(|e| self.failed(e, "looking at"))?.nlink() > 0 {
+            return Ok(());
+        }
+        Err(Error::new(
+            libc::ENOENT,
+            format!(
+                "{} was removed while it was served: what was written to it is lost",
+                self.path().display()
+            ),
+        ))
+    }
+
+    /// Finds out what the file system of the image can do.
+    pub fn try_file_system(&self) -> Result<FileSystem> {
+        tempfile::tempfile_in(self.directory())
+            .and_then(|file| FileSystem::try_out(&file))
+            .map_err(|e| {
+                let directory = self.directory().display();
+                self.failed(e, &format!("making a sparse file in {directory} for"))
+            })
+    }
+
+    /// Beyond the limit of `ulimit -f` the system does not answer a write with an
+    /// error but ends the process by SIGXFSZ.
+    pub fn expect_allowed(&self, layout: Layout) -> Result<()> {
+        let limit = getrlimit(Resource::RLIMIT_FSIZE);
+        let (limit, _) = limit.map_err(|e| self.failed(e.into(), "asking for ulimit -f for"))?;
+        if layout.end <= limit {
+            return Ok(());
+        }
+        Err(self.refused_with(
+            libc::EFBIG,
+            format!(
+                "it takes a file of {} bytes, but the limit on the size of a file \
+                 (ulimit -f) is {limit}",
+                layout.end
+            ),
+        ))
+    }
+}
+
+/// For the errors about the image.
+impl Deref for ImagePath {
+    type Target = OverlayFile;
+
+    fn deref(&self) -> &OverlayFile {
+        &self.0
+    }
+}

@@ -1,0 +1,263 @@
+//! The overlay that one can keep: a qcow2 image in place of files without a name.
+//!
+//! There is one, for one export. It is opened, and found fit, before any client
+//! connects, so that what is wrong is told at start; an image that does not exist
+//! yet is made as soon as the size of the disk is known.
+
+mod backing;
+mod image_path;
+mod store;
+
+use std::ffi::CStr;
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::block::BlockSize;
+use crate::error::{Error, Result};
+use crate::file_system::FileSystem;
+use crate::overlay::Overlay;
+use crate::qcow2::header::Header;
+use crate::qcow2::image::Image;
+use crate::qcow2::layout::Layout;
+use crate::sparse;
+use backing::mtime_of;
+pub use backing::{Backing, absolute};
+use image_path::ImagePath;
+pub use store::{KeptStore, resume};
+
+/// An overlay that is kept in a file.
+pub type KeptOverlay = Overlay<KeptStore<File>>;
+
+/// What the parameters ask for.
+pub struct Wanted {
+    /// The image's path, which is absolute.
+    pub path: PathBuf,
+    /// `None`: that of the image, or of its file system.
+    pub block_size: Option<BlockSize>,
+    /// The base's name, if one was given or can be told from the parameters.
+    pub backing: Option<Backing>,
+}
+
+/// See the module's documentation.
+pub struct Kept {
+    path: ImagePath,
+    block_size: Option<BlockSize>,
+    backing: Option<Backing>,
+    /// Held while an image is made, so that none is made twice.
+    overlay: Mutex<Option<Arc<KeptOverlay>>>,
+}
+
+impl Kept {
+    /// Opens the image if there is one, else looks whether one can be made.
+    pub fn start(wanted: Wanted) -> Result<Self> {
+        if let Some(block_size) = wanted.block_size {
+            // For the message alone: the size of the disk is not known yet.
+            Layout::new(0, block_size)?;
+        }
+        let mut kept = Kept {
+            path: ImagePath::new(&wanted.path),
+            block_size: wanted.block_size,
+            backing: wanted.backing,
+            overlay: Mutex::default(),
+        };
+        match File::options().read(true).write(true).open(&wanted.path) {
+            Ok(file) => kept.overlay = Mutex::new(Some(Arc::new(kept.resume(file)?))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => kept.expect_makeable()?,
+            Err(e) => return Err(kept.path.failed(e, "opening")),
+        }
+        Ok(kept)
+    }
+
+    fn resume(&self, file: File) -> Result<KeptOverlay> {
+        let metadata = file
+            .metadata()
+            .map_err(|e| self.path.failed(e, "looking at"))?;
+        if !metadata.is_file() {
+            return self.path.refuse("it is no regular file");
+        }
+        self.path.lock(&file)?;
+        let (image, header) = Image::open(file, self.path.path())?;
+        let layout = header.layout;
+        if self
+            .block_size
+            .is_some_and(|size| size != layout.block_size())
+        {
+            return self.path.refuse(format!(
+                "it has blocks of {}: leave cow-block-size out, or give that",
+                layout.block_size()
+            ));
+        }
+        self.check_backing(&header)?;
+        self.path.expect_allowed(layout)?;
+        // That the file system can't be tried (it is full, say) does not stop us from
+        // serving what is there. Zeroes are then written.
+        let can_zero_range = self
+            .path
+            .try_file_system()
+            .is_ok_and(|found| found.can_zero_range);
+        let overlay = resume(image, can_zero_range)?;
+        log::debug!(
+            "cow-overlay={}: goes on with a disk of {} bytes in blocks of {}",
+            self.path.path().display(),
+            layout.disk_size(),
+            layout.block_size()
+        );
+        Ok(overlay)
+    }
+
+    /// Looks, before nbdkit goes into the background, whether the image will find its
+    /// place, as far as that can be told.
+    fn expect_makeable(&self) -> Result<()> {
+        if self.path.path().is_symlink() {
+            return Err(self
+                .path
+                .refused("it is a symbolic link to a file that does not exist"));
+        }
+        let Some(backing) = &self.backing else {
+            return Err(self
+                .path
+                .refused("the name of its backing file is not known: give it with cow-backing="));
+        };
+        self.recorded_name(backing)?;
+        let file_system = self.path.try_file_system()?;
+        if let Backing::File(path) = backing {
+            // It has to have the size of the export.
+            let layout = Layout::new(self.size_of(path)?, self.block_size_on(&file_system))?;
+            self.path.expect_allowed(layout)?;
+            tempfile::tempfile_in(self.path.directory())
+                .and_then(|file| file.set_len(layout.end))
+                .map_err(|e| {
+                    self.path
+                        .failed(e, &format!("making a file of {} bytes for", layout.end))
+                })?;
+        }
+        Ok(())
+    }
+
+    fn block_size_on(&self, file_system: &FileSystem) -> BlockSize {
+        self.block_size
+            .unwrap_or_else(|| file_system.default_block_size())
+    }
+
+    /// Takes note that the base has `size` bytes; makes the image if there is none.
+    pub fn prepare(&self, size: u64) -> Result<()> {
+        self.expect_fits(size)?;
+        self.present_or_new(size).map(drop)
+    }
+
+    /// EINVAL if the image can't be that of a base of `size` bytes.
+    pub fn expect_fits(&self, size: u64) -> Result<()> {
+        if let Some(Backing::File(path)) = &self.backing {
+            self.expect_size(path, size)?;
+        }
+        let Some(overlay) = &*self.held() else {
+            return Ok(());
+        };
+        let has_content = !overlay.is_untouched() || overlay.store().image().records_export();
+        self.expect_made_for(size, overlay.size(), has_content)
+    }
+
+    fn present_or_new(&self, size: u64) -> Result<Arc<KeptOverlay>> {
+        let mut held = self.held();
+        Ok(Arc::clone(match &*held {
+            Some(overlay) => overlay,
+            None => held.insert(Arc::new(self.make(size)?)),
+        }))
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Arc<KeptOverlay>>> {
+        self.overlay.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The overlay for `export`, whose base has `size` bytes, for which the image is fit.
+    /// `other` is another export that uses the image or has written to it. EINVAL if
+    /// there is one, or if the image was made for another export.
+    pub fn overlay(
+        &self,
+        export: &CStr,
+        size: u64,
+        other: Option<&CStr>,
+    ) -> Result<Arc<KeptOverlay>> {
+        let overlay = self.present_or_new(size)?;
+        if let Some(other) = other {
+            return self.path.refuse(format!(
+                "it keeps what is written to export {other:?}, and can't keep export {export:?} too"
+            ));
+        }
+        if !overlay.store().image().claim(export.to_bytes()) {
+            return self.path.refuse(format!(
+                "it keeps what was written to another export than {export:?}"
+            ));
+        }
+        Ok(overlay)
+    }
+
+    /// Makes the image under another name, and gives it its own when all of it is
+    /// on the disk: a crash leaves either none or a whole one.
+    fn make(&self, size: u64) -> Result<KeptOverlay> {
+        let file_system = self.path.try_file_system()?;
+        let block_size = self.block_size_on(&file_system);
+        let Some(backing) = &self.backing else {
+            return self
+                .path
+                .refuse("the name of its backing file is not known");
+        };
+        let mtime = match backing {
+            Backing::File(path) => mtime_of(path),
+            Backing::Name(_) => None,
+        };
+        let layout = Layout::new(size, block_size)?;
+        let header = Header::new(layout, self.recorded_name(backing)?, mtime);
+        self.path.expect_allowed(header.layout)?;
+        let failed = |e| self.path.failed(e, "making");
+        let named = tempfile::Builder::new()
+            .prefix(".cow-overlay-")
+            .tempfile_in(self.path.directory())
+            .map_err(failed)?;
+        let file = named.as_file().try_clone().map_err(failed)?;
+        // The umask may have taken some of it away.
+        file.set_permissions(Permissions::from_mode(0o600))
+            .map_err(failed)?;
+        // Else btrfs needs new space for every change of a table.
+        sparse::write_in_place(&file);
+        self.path.lock(&file)?;
+        let image = Image::create(file, self.path.path(), &header)?;
+        named.as_file().sync_all().map_err(failed)?;
+        named
+            .persist_noclobber(self.path.path())
+            .map_err(|e| match e.error.kind() {
+                io::ErrorKind::AlreadyExists => self.path.was_made_meanwhile(),
+                _ => failed(e.error),
+            })?;
+        File::open(self.path.directory())
+            .and_then(|directory| directory.sync_all())
+            .map_err(|e| self.path.failed(e, "syncing the directory of"))?;
+        log::debug!(
+            "cow-overlay={}: made for a disk of {size} bytes in blocks of {block_size}",
+            self.path.path().display()
+        );
+        let store = KeptStore::new(image, file_system.can_zero_range);
+        Ok(Overlay::new(size, block_size, store))
+    }
+
+    /// The last flush, when all clients are gone.
+    pub fn finish(&self) -> Result<()> {
+        let Some(overlay) = &*self.held() else {
+            return Ok(());
+        };
+        self.path
+            .expect_still_there(overlay.store().image().file())?;
+        overlay.flush().map_err(|e| {
+            Error::new(
+                e.errno(),
+                format!(
+                    "{} is incomplete, it lacks what was written since the last flush: {e}",
+                    self.path.path().display()
+                ),
+            )
+        })
+    }
+}

@@ -1,0 +1,150 @@
+//! The directory that holds temporary overlays.
+
+use std::env;
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{self, Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::file_system::FileSystem;
+use crate::sparse;
+
+/// A directory that was found fit to hold overlays.
+#[derive(Debug)]
+pub struct Directory {
+    path: PathBuf,
+    file_system: FileSystem,
+    /// The first overlay file. So one can be had even if nbdkit becomes a user (`-u`)
+    /// who may not make any here.
+    spare: Mutex<Option<File>>,
+}
+
+impl Directory {
+    /// The directory of the environment: `$TMPDIR`, else `/var/tmp`, as the
+    /// filter that nbdkit ships has it: an overlay may be large, and `/tmp` is
+    /// often memory.
+    pub fn from_environment() -> Result<Self> {
+        let path = env::var_os("TMPDIR")
+            .filter(|path| !path.is_empty())
+            .map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+        Self::open(&path)
+    }
+
+    /// Tries `path` out. The error names it, and says what TMPDIR is for.
+    pub fn open(path: &Path) -> Result<Self> {
+        // nbdkit changes its directory when it goes into the background.
+        path::absolute(path).and_then(Self::try_out).map_err(|e| {
+            Error::io(
+                e,
+                format!(
+                    "the overlay can't be kept in the directory {} \
+                         (set TMPDIR to one that can hold a sparse file)",
+                    path.display()
+                ),
+            )
+        })
+    }
+
+    /// Tries out the directory with this absolute path.
+    fn try_out(path: PathBuf) -> io::Result<Self> {
+        let directory = Directory {
+            file_system: FileSystem::try_out(&unnamed_file(&path)?)?,
+            // Not the one that was tried: an overlay is to be thrown away, and may be
+            // in a hundred thousand pieces. See `FileSystem::try_out`.
+            spare: Mutex::new(Some(unnamed_file(&path)?)),
+            path,
+        };
+        log::debug!("overlay directory: {directory:?}");
+        if !directory.file_system.can_punch {
+            log::debug!(
+                "{}: no hole punching: trimmed space is not given back",
+                directory.path.display()
+            );
+        }
+        Ok(directory)
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<File>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new file without a name, mode 0600, close-on-exec, sparse, of `size` bytes.
+    pub fn make_file(&self, size: u64) -> Result<File> {
+        let spare = self.spare().take();
+        spare
+            .map_or_else(|| unnamed_file(&self.path), Ok)
+            .and_then(|file| file.set_len(size).map(|()| file))
+            .map_err(|e| {
+                Error::io(
+                    e,
+                    format!(
+                        "making an overlay file of {size} bytes in {} (see TMPDIR)",
+                        self.path.display()
+                    ),
+                )
+            })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What the file system of the directory can do.
+    pub fn file_system(&self) -> &FileSystem {
+        &self.file_system
+    }
+}
+
+/// A file without a name, close-on-exec, mode 0600. (The library leaves the mode
+/// to the umask where the file never had a name; who may look into `/proc` could
+/// still open it.)
+fn unnamed_file(directory: &Path) -> io::Result<File> {
+    let file = tempfile::tempfile_in(directory)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    sparse::write_in_place(&file);
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn a_good_directory_is_tried_out_and_left_empty() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let directory = Directory::open(dir.path()).expect("fit for overlays");
+        // The first was made when the directory was tried, the second is made now.
+        for _ in 0..2 {
+            let file = directory.make_file(1 << 30).expect("a file");
+            let metadata = file.metadata().expect("its metadata");
+            assert_eq!(metadata.len(), 1 << 30);
+            assert_eq!(metadata.blocks(), 0);
+            assert_eq!(metadata.mode() & 0o777, 0o600);
+            assert_eq!(metadata.nlink(), 0);
+            let flags = nix::fcntl::fcntl(file.as_fd(), nix::fcntl::FcntlArg::F_GETFD);
+            assert_eq!(flags.expect("its flags") & libc::FD_CLOEXEC, 1);
+        }
+        assert_eq!(dir.path().read_dir().expect("readable").count(), 0);
+    }
+
+    #[test]
+    fn a_bad_directory_is_named_with_the_reason_and_tmpdir() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let file = dir.path().join("file");
+        File::create(&file).expect("a file");
+        for (path, errno) in [
+            (dir.path().join("missing"), libc::ENOENT),
+            (file, libc::ENOTDIR),
+        ] {
+            let error = Directory::open(&path).expect_err("unfit");
+            let message = error.to_string();
+            assert_eq!(error.errno(), errno, "{message}");
+            assert!(message.contains(path.to_str().expect("UTF-8")), "{message}");
+            assert!(message.contains("TMPDIR"), "{message}");
+        }
+    }
+}
