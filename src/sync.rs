@@ -4,12 +4,20 @@
 
 #[cfg(not(loom))]
 pub use std::sync::{
-    Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    Condvar, Mutex, MutexGuard, RwLock,
     atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering},
 };
 
 #[cfg(loom)]
 pub use loom::sync::{
-    Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    Condvar, Mutex, MutexGuard, RwLock,
     atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering},
 };
+
+/// Takes `mutex`, whether or not somebody has panicked while holding it: what the
+/// crate's locks guard changes in steps that each leave it whole.
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -69,14 +69,18 @@
 
 mod extents;
 mod map;
+mod ranges;
+mod reclaim;
 mod store;
 mod stripes;
 mod write;
 mod zero;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 pub use map::{BlockMap, State};
+pub use reclaim::Reclaim;
 pub use store::Store;
 pub use zero::Zeroing;
 
@@ -84,7 +88,7 @@ use crate::base::Base;
 use crate::block::{BlockNum, BlockSize, ByteRange};
 use crate::buffer::buffer;
 use crate::error::Result;
-use crate::sync::{AtomicBool, Ordering};
+use reclaim::Pending;
 use stripes::Stripes;
 
 /// How much of the base cow-on-cache reads at a time: it bounds the memory that
@@ -98,9 +102,10 @@ pub struct Overlay<S> {
     map: BlockMap,
     stripes: Stripes,
     store: S,
-    /// Set once a change of the store has failed: there may be bytes in it that
-    /// the map does not know of, and discards look for them from then on.
-    has_orphans: AtomicBool,
+    /// The store may have bytes that the map does not know of: discards look for them.
+    has_orphans: bool,
+    pending: Pending,
+    reclaim: Arc<Reclaim>,
 }
 
 impl<S: Store> Overlay<S> {
@@ -112,7 +117,9 @@ impl<S: Store> Overlay<S> {
             map: BlockMap::new(block_size.count(size)),
             stripes: Stripes::new(block_size),
             store,
-            has_orphans: AtomicBool::new(false),
+            has_orphans: false,
+            pending: Pending::default(),
+            reclaim: Arc::default(),
         }
     }
 
@@ -123,10 +130,11 @@ impl<S: Store> Overlay<S> {
         store: S,
         load: impl FnOnce(&S, &BlockMap) -> Result<()>,
     ) -> Result<Self> {
-        let overlay = Self::new(size, block_size, store);
-        // A crash leaves bytes that no flush has told of, and a failed write too: what
-        // is discarded from now on gives their space back.
-        overlay.has_orphans.store(true, Ordering::Relaxed);
+        let overlay = Overlay {
+            // A crash leaves bytes that no flush has told of.
+            has_orphans: true,
+            ..Self::new(size, block_size, store)
+        };
         load(&overlay.store, &overlay.map)?;
         Ok(overlay)
     }
@@ -180,16 +188,24 @@ impl<S: Store> Overlay<S> {
     fn read_and_copy(&self, base: &impl Base, buf: &mut [u8], part: ByteRange) -> Result<()> {
         let blocks = self.block_size.touched_by(part);
         let whole = self.bytes_of(&blocks);
-        let filled = if whole == part {
+        let saved = if whole == part {
             base.read(buf, part.start)?;
             self.fill(blocks, buf)
         } else {
-            let mut block_bytes = buffer(whole.len())?;
-            base.read(&mut block_bytes, whole.start)?;
-            buf.copy_from_slice(&block_bytes[part.in_buffer(whole.start)]);
-            self.fill(blocks, &block_bytes)
+            match read_whole(base, whole) {
+                Ok(bytes) => {
+                    buf.copy_from_slice(&bytes[part.in_buffer(whole.start)]);
+                    self.fill(blocks, &bytes)
+                }
+                // The client has not asked for the rest of the blocks. It may be what
+                // can't be read, or what there is no memory for.
+                Err(e) => {
+                    base.read(buf, part.start)?;
+                    Err(e)
+                }
+            }
         };
-        if let Err(e) = filled {
+        if let Err(e) = saved {
             log::debug!("cow-on-read: {part:?} is not saved: {e}");
         }
         Ok(())
@@ -204,31 +220,40 @@ impl<S: Store> Overlay<S> {
         while rest.start < rest.end {
             let area = rest.start..rest.end.min(self.stripes.area_end(rest.start));
             rest.start = area.end;
-            let _held = self.stripes.exclusive(&area);
-            for run in self.map.runs(area) {
-                let (state, run) = run?;
-                if state == State::Base {
-                    let part = self.bytes_of(&run).in_buffer(origin);
-                    self.store_blocks(&run, &bytes[part])?;
+            let filled = self.stripes.exclusive(&area, |held| {
+                for run in self.map.runs(area.clone()) {
+                    let (state, run) = run?;
+                    if state == State::Base {
+                        let part = self.bytes_of(&run).in_buffer(origin);
+                        self.store_blocks(held, &run, &bytes[part])?;
+                    }
                 }
-            }
+                Ok(())
+            });
+            self.give_back_if_failed(self.bytes_of(&area), filled)?;
         }
         Ok(())
     }
 
-    /// Prefetches `len` bytes at `offset`: asks the base to, where the bytes are
-    /// still there; with `copy`, saves them in the overlay (cow-on-cache).
+    /// Prefetches `len` bytes at `offset`: with `copy`, saves them in the overlay
+    /// (cow-on-cache); else, or where they can't be saved, asks the base to, for those
+    /// that are still there.
     pub fn cache(&self, base: &impl Base, offset: u64, len: u64, copy: bool) -> Result<()> {
         let range = ByteRange::checked(offset, len, self.size)?;
         for run in self.map.runs(self.block_size.touched_by(range)) {
             let (state, blocks) = run?;
-            let bytes = self.bytes_of(&blocks);
-            log::trace!("cache {bytes:?}: {state:?}");
-            match state {
-                State::Data | State::Zero => {}
-                State::Base if copy => self.copy_from_base(base, blocks)?,
-                State::Base => base.cache(bytes.clamp_to(range))?,
+            if state != State::Base {
+                continue;
             }
+            let bytes = self.bytes_of(&blocks).clamp_to(range);
+            log::trace!("cache {bytes:?}, copy={copy}");
+            if copy {
+                match self.copy_from_base(base, blocks) {
+                    Ok(()) => continue,
+                    Err(e) => log::debug!("cow-on-cache: {bytes:?} is not saved: {e}"),
+                }
+            }
+            base.cache(bytes)?;
         }
         Ok(())
     }
@@ -264,14 +289,28 @@ impl<S: Store> Overlay<S> {
         self.store.flush(&|word| self.map.word(word))
     }
 
-    /// Makes a change to the store, and remembers if it failed.
-    fn change<T>(&self, change: impl FnOnce(&S) -> Result<T>) -> Result<T> {
-        change(&self.store).inspect_err(|_| self.has_orphans.store(true, Ordering::Relaxed))
+    /// To be called with what came of a request that changes `range`, no stripe held. If
+    /// it has failed, the store may have taken some of its bytes. Those of blocks that
+    /// are not *data* nobody can read: their space is given back.
+    #[inline(always)]
+    fn give_back_if_failed(&self, range: ByteRange, done: Result<()>) -> Result<()> {
+        if done.is_err() {
+            self.pending.insert(range);
+            self.give_back_later();
+        }
+        done
     }
 
     fn bytes_of(&self, blocks: &Range<BlockNum>) -> ByteRange {
         self.block_size.bytes_of(blocks, self.size)
     }
+}
+
+/// What the base has in `whole`.
+fn read_whole(base: &impl Base, whole: ByteRange) -> Result<Vec<u8>> {
+    let mut bytes = buffer(whole.len())?;
+    base.read(&mut bytes, whole.start)?;
+    Ok(bytes)
 }
 
 // By value and out of line: a record that nobody sees must not make the request

@@ -1,152 +1,416 @@
-//! Write: whole blocks, and parts of blocks. The locking is that of [`super`].
+//! Changes of the disk: whole blocks, and parts of blocks. The locking is that of
+//! [`super`], and the order of changes that of [`super::stripes`].
+//!
+//! A request is made of at most three pieces: a part of a block, whole blocks, a part of
+//! a block. All of them take their place in the order before anything is waited for. The
+//! whole blocks are stored at once. A part whose block is not *data* needs the rest of
+//! the block (read-modify-write): it is deferred, the base is read, and then it is stored.
 
 use std::ops::Range;
 
 use super::map::BlockMap;
-use super::zero::is_full;
+use super::stripes::{Deferral, Exclusive, Held};
+use super::zero::Zeroing;
 use super::{Overlay, State, Store};
-use crate::base::{Base, Extent};
+use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::{buffer, is_zero};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-/// What a partial write puts into its block.
+/// What a request puts into its bytes.
 #[derive(Clone, Copy)]
-pub(super) enum New<'a> {
-    Bytes(&'a [u8]),
-    /// Zeroes; `may_trim`: they need not take space.
-    Zeroes {
-        may_trim: bool,
+pub(super) enum Content<'a> {
+    /// These, the first of which is for the byte `origin` of the disk.
+    Bytes {
+        bytes: &'a [u8],
+        origin: u64,
     },
+    Zeroes(Zeroing),
+}
+
+/// A part of a block that is to be changed by a read-modify-write.
+struct PartialChange<'a> {
+    deferral: Deferral<'a>,
+    block: BlockNum,
+    bytes: ByteRange,
+    /// The block's state when the change took its place in the order.
+    was: State,
+}
+
+/// How far a part of a block got in its first hold.
+enum Begun<'a> {
+    /// There was nothing to do.
+    Nothing,
+    InPlace,
+    Deferred(PartialChange<'a>),
+    /// There is no space in the store.
+    Full(PartialChange<'a>, Error),
+}
+
+/// The most that is read of the base at once for parts of two blocks. Of larger blocks
+/// it would be too much that a request does not need.
+const MAX_READ_FOR_TWO: u64 = 2 * (64 << 10);
+
+/// Whether an error says that there is no space.
+pub(super) fn is_full(error: &Error) -> bool {
+    matches!(error.errno(), libc::ENOSPC | libc::EDQUOT)
+}
+
+impl<'a> Content<'a> {
+    /// What is for `range`, if it is bytes.
+    fn bytes(&self, range: ByteRange) -> Option<&'a [u8]> {
+        match self {
+            Content::Bytes { bytes, origin } => Some(&bytes[range.in_buffer(*origin)]),
+            Content::Zeroes(_) => None,
+        }
+    }
+
+    pub(super) fn may_trim(&self) -> bool {
+        matches!(self, Content::Zeroes(how) if how.may_trim())
+    }
+
+    fn is_trim(&self) -> bool {
+        matches!(self, Content::Zeroes(Zeroing::Trim))
+    }
+
+    /// Who trims because there is no space must not be stopped by that: NBD allows that
+    /// a trim does nothing.
+    fn unless_full_trim(&self, done: Result<()>) -> Result<()> {
+        match done {
+            Err(e) if self.is_trim() && is_full(&e) => {
+                log::debug!("trim: something keeps its old value: {e}");
+                Ok(())
+            }
+            done => done,
+        }
+    }
 }
 
 impl<S: Store> Overlay<S> {
     /// Writes `buf` at `offset`.
     pub fn write(&self, base: &impl Base, buf: &[u8], offset: u64) -> Result<()> {
         let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
-        let is_traced = log::log_enabled!(log::Level::Trace);
+        let content = Content::Bytes {
+            bytes: buf,
+            origin: offset,
+        };
         // The most frequent case pays for no splitting.
-        if self.block_size.is_whole(range, self.size) && !is_traced {
-            let blocks = self.block_size.touched_by(range);
-            let _held = self.stripes.shared(&blocks);
-            return self.store_blocks(&blocks, buf);
+        if self.block_size.is_whole(range, self.size) && !log::log_enabled!(log::Level::Trace) {
+            let done = self.change_whole(&self.block_size.touched_by(range), content);
+            return self.give_back_if_failed(range, done);
         }
-        let base = &self.halves(base, range)?;
+        let done = self.change(base, range, content);
+        self.give_back_if_failed(range, done)
+    }
+
+    /// Puts `content` into `range`.
+    pub(super) fn change(
+        &self,
+        base: &impl Base,
+        range: ByteRange,
+        content: Content<'_>,
+    ) -> Result<()> {
+        let mut parts = [None, None];
+        let mut whole = None;
         for piece in self.block_size.pieces(range, self.size) {
-            if is_traced {
-                trace_write(piece.clone());
+            if log::log_enabled!(log::Level::Trace) {
+                trace_change(piece.clone());
             }
             match piece {
                 Piece::Partial { block, bytes } => {
-                    self.modify(
-                        base,
-                        block,
-                        bytes,
-                        New::Bytes(&buf[bytes.in_buffer(offset)]),
-                    )?;
+                    let place = usize::from(parts[0].is_some());
+                    parts[place] = self.begin_part(block, bytes, content)?;
                 }
-                Piece::Whole { blocks, bytes } => {
-                    let _held = self.stripes.shared(&blocks);
-                    self.store_blocks(&blocks, &buf[bytes.in_buffer(offset)])?;
+                Piece::Whole { blocks, .. } => whole = Some(blocks),
+            }
+        }
+        if let Some(blocks) = whole {
+            content.unless_full_trim(self.change_whole(&blocks, content))?;
+        }
+        content.unless_full_trim(self.finish_parts(base, parts, content))
+    }
+
+    /// Changes `bytes` of `block`, which has others that must stay as they are, or gives
+    /// what is to be done when the rest of the block is known.
+    fn begin_part(
+        &self,
+        block: BlockNum,
+        bytes: ByteRange,
+        content: Content<'_>,
+    ) -> Result<Option<PartialChange<'_>>> {
+        let progress = self.reclaim.progress();
+        let begun = self.stripes.shared(&(block..block.next()), |held| {
+            let was = self.map.state(block)?;
+            let later = || PartialChange {
+                deferral: held.defer(bytes),
+                block,
+                bytes,
+                was,
+            };
+            match was {
+                State::Data => match self.change_in_place(held, bytes, content) {
+                    Err(e) if is_full(&e) => return Ok(Begun::Full(later(), e)),
+                    done => done?,
+                },
+                // A trim promises nothing, and it must not take space.
+                State::Base if content.is_trim() => return Ok(Begun::Nothing),
+                State::Zero if content.may_trim() => {}
+                State::Base | State::Zero => return Ok(Begun::Deferred(later())),
+            }
+            held.supersede(bytes, None);
+            Ok(match was {
+                State::Data => Begun::InPlace,
+                State::Base | State::Zero => Begun::Nothing,
+            })
+        })?;
+        match begun {
+            Begun::Nothing => Ok(None),
+            Begun::InPlace => {
+                if content.may_trim() {
+                    self.free_if_zero(block);
+                }
+                Ok(None)
+            }
+            Begun::Deferred(change) => Ok(Some(change)),
+            Begun::Full(change, e) => {
+                let room = self.room_after(progress, e).map(|()| Some(change));
+                match room {
+                    Err(e) => content.unless_full_trim(Err(e)).map(|()| None),
+                    room => room,
+                }
+            }
+        }
+    }
+
+    /// Reads what is missing around the parts of at most two blocks, and stores them.
+    fn finish_parts(
+        &self,
+        base: &impl Base,
+        parts: [Option<PartialChange<'_>>; 2],
+        content: Content<'_>,
+    ) -> Result<()> {
+        if let [Some(first), Some(second)] = &parts {
+            if let Some(mut span) = self.read_for_two(base, first, second) {
+                let (low, high) = span.split_at_mut(self.block_size.bytes() as usize);
+                self.finish_part(first, low, content)?;
+                return self.finish_part(second, high, content);
+            }
+        }
+        for change in parts.into_iter().flatten() {
+            let whole = self.bytes_of(&(change.block..change.block.next()));
+            let mut block_bytes = buffer(whole.len())?;
+            if change.was == State::Base {
+                read_around(base, &mut block_bytes, whole, change.bytes)?;
+            }
+            self.finish_part(&change, &mut block_bytes, content)?;
+        }
+        Ok(())
+    }
+
+    /// The base's bytes of two neighbouring blocks, by one call: with a slow base two
+    /// calls cost twice as much. `None` if it can't be done so: then each is read alone.
+    fn read_for_two(
+        &self,
+        base: &impl Base,
+        first: &PartialChange<'_>,
+        second: &PartialChange<'_>,
+    ) -> Option<Vec<u8>> {
+        let span = self.bytes_of(&(first.block..second.block.next()));
+        let is_one_read = first.was == State::Base
+            && second.was == State::Base
+            && first.block.next() == second.block
+            && span.len() <= MAX_READ_FOR_TWO;
+        if !is_one_read {
+            return None;
+        }
+        let mut bytes = buffer(span.len()).ok()?;
+        // What can't be read may be just what is overwritten.
+        base.read(&mut bytes, span.start).ok()?;
+        Some(bytes)
+    }
+
+    /// Stores a part of a block. `block_bytes` is for the whole block, and has the rest of
+    /// it as it was when the change took its place.
+    fn finish_part(
+        &self,
+        change: &PartialChange<'_>,
+        block_bytes: &mut [u8],
+        content: Content<'_>,
+    ) -> Result<()> {
+        let block = change.block;
+        self.with_room(|| {
+            self.stripes.exclusive(&(block..block.next()), |held| {
+                let newer = held.newer(&change.deferral, change.bytes);
+                for part in newer.gaps(change.bytes) {
+                    self.put_part(held, block, part, block_bytes, content)?;
+                    held.supersede(part, Some(&change.deferral));
+                }
+                Ok(())
+            })
+        })?;
+        if content.may_trim() {
+            self.free_if_zero(block);
+        }
+        Ok(())
+    }
+
+    /// Changes `bytes` of `block`. `block_bytes` is room for the whole block; if the block
+    /// is *base*, it has the base's bytes around those that change.
+    fn put_part(
+        &self,
+        held: &Held<'_, Exclusive>,
+        block: BlockNum,
+        bytes: ByteRange,
+        block_bytes: &mut [u8],
+        content: Content<'_>,
+    ) -> Result<()> {
+        let blocks = block..block.next();
+        match self.map.state(block)? {
+            State::Data => return self.change_in_place(held, bytes, content),
+            State::Zero if content.may_trim() => return Ok(()),
+            State::Zero => block_bytes.fill(0),
+            State::Base => {}
+        }
+        let start = self.block_size.start_of(block);
+        let target = &mut block_bytes[bytes.in_buffer(start)];
+        match content.bytes(bytes) {
+            Some(new) => target.copy_from_slice(new),
+            None => target.fill(0),
+        }
+        if matches!(content, Content::Zeroes(_)) && !content.may_trim() {
+            // The client wants the space: a block that is all zeroes is stored too.
+            return self.store_run(held, &blocks, block_bytes, start);
+        }
+        self.store_blocks(held, &blocks, block_bytes)
+    }
+
+    /// Changes bytes of a *data* block.
+    fn change_in_place<How>(
+        &self,
+        _held: &Held<'_, How>,
+        bytes: ByteRange,
+        content: Content<'_>,
+    ) -> Result<()> {
+        match content.bytes(bytes) {
+            Some(new) => self.store.write(new, bytes.start),
+            // Not a hole, though the client may allow it: a block that is *data* keeps
+            // all of its space, so that a later write can't run out of it half way.
+            None => self.write_zeroes(bytes),
+        }
+    }
+
+    /// Puts `content` into all bytes of `blocks`.
+    pub(super) fn change_whole(
+        &self,
+        blocks: &Range<BlockNum>,
+        content: Content<'_>,
+    ) -> Result<()> {
+        let bytes = self.bytes_of(blocks);
+        let progress = self.reclaim.progress();
+        let begun = match content.bytes(bytes) {
+            Some(new) => self.stripes.shared(blocks, |held| {
+                let done = self.store_blocks(held, blocks, new);
+                stored_or_deferred(held, bytes, done)
+            })?,
+            None if self.is_one_step(blocks, content) => {
+                self.stripes.exclusive(blocks, |held| {
+                    let done = self.put_blocks(held, blocks, content);
+                    stored_or_deferred(held, bytes, done)
+                })?
+            }
+            None => {
+                let deferral = self.stripes.shared(blocks, |held| held.defer(bytes));
+                return self.change_by_steps(blocks, content, &deferral);
+            }
+        };
+        match begun {
+            None => Ok(()),
+            Some((deferral, e)) => {
+                self.room_after(progress, e)?;
+                self.change_by_steps(blocks, content, &deferral)
+            }
+        }
+    }
+
+    /// Does step by step what was deferred, so that others wait for a step at most.
+    #[cold]
+    fn change_by_steps(
+        &self,
+        blocks: &Range<BlockNum>,
+        content: Content<'_>,
+        deferral: &Deferral<'_>,
+    ) -> Result<()> {
+        let mut full = Ok(());
+        for step in self.steps(blocks.clone(), content) {
+            let done = self.with_room(|| {
+                self.stripes.exclusive(&step, |held| {
+                    let bytes = self.bytes_of(&step);
+                    let newer = held.newer(deferral, bytes);
+                    for part in newer.gaps(bytes) {
+                        self.put_piecewise(held, part, content)?;
+                        held.supersede(part, Some(deferral));
+                    }
+                    Ok(())
+                })
+            });
+            match done {
+                // What can't be discarded for want of space keeps nothing behind it from
+                // being given back.
+                Err(e) if is_full(&e) && content.may_trim() => full = Err(e),
+                done => done?,
+            }
+        }
+        full
+    }
+
+    /// Changes `bytes`, which may begin or end within a block of which a newer change has
+    /// stored the rest: so that block is not *base*.
+    fn put_piecewise(
+        &self,
+        held: &Held<'_, Exclusive>,
+        bytes: ByteRange,
+        content: Content<'_>,
+    ) -> Result<()> {
+        for piece in self.block_size.pieces(bytes, self.size) {
+            match piece {
+                Piece::Whole { blocks, .. } => self.put_blocks(held, &blocks, content)?,
+                Piece::Partial { block, bytes } => {
+                    debug_assert_ne!(self.map.state(block)?, State::Base);
+                    let whole = self.bytes_of(&(block..block.next()));
+                    self.put_part(held, block, bytes, &mut buffer(whole.len())?, content)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// `base`, for a request that changes `range`. If that is a part of one block and a
-    /// part of the next, both of them *base*, the bytes around it are fetched now, in
-    /// one call: with a slow base two calls cost twice as much.
-    ///
-    /// That a block becomes something else meanwhile is seen where it is changed, as
-    /// always.
-    pub(super) fn halves<'a, B: Base>(
+    fn put_blocks(
         &self,
-        base: &'a B,
-        range: ByteRange,
-    ) -> Result<Halves<'a, B>> {
-        let blocks = self.block_size.touched_by(range);
-        let span = self.bytes_of(&blocks);
-        let is_two = blocks.end.0 - blocks.start.0 == 2
-            && span.start < range.start
-            && range.end < span.end
-            && span.len() <= MAX_HALVES;
-        let mut halves = Halves {
-            base,
-            span,
-            bytes: Vec::new(),
-        };
-        if is_two && self.map.run(&blocks)? == (State::Base, blocks.end) {
-            halves.bytes = buffer(span.len())?;
-            base.read(&mut halves.bytes, span.start)?;
-        }
-        Ok(halves)
-    }
-
-    /// Changes `bytes` of `block`, which has others that must stay as they are.
-    pub(super) fn modify(
-        &self,
-        base: &impl Base,
-        block: BlockNum,
-        bytes: ByteRange,
-        new: New<'_>,
+        held: &Held<'_, Exclusive>,
+        blocks: &Range<BlockNum>,
+        content: Content<'_>,
     ) -> Result<()> {
-        let blocks = block..block.next();
-        let before = {
-            let _held = self.stripes.shared(&blocks);
-            match self.map.state(block)? {
-                State::Data => return self.modify_in_place(bytes, new),
-                // Right whatever others do meanwhile: at this moment the block
-                // was zeroes, and that is where this request is in the order.
-                State::Zero if matches!(new, New::Zeroes { may_trim: true }) => return Ok(()),
-                before => before,
-            }
-        };
-
-        let whole = self.bytes_of(&blocks);
-        let mut block_bytes = buffer(whole.len())?;
-        if before == State::Base {
-            read_around(base, &mut block_bytes, whole, bytes)?;
-        }
-
-        let _held = self.stripes.exclusive(&blocks);
-        match self.map.state(block)? {
-            State::Data => return self.modify_in_place(bytes, new),
-            State::Zero if before == State::Base => block_bytes.fill(0),
-            State::Zero | State::Base => {}
-        }
-        let target = &mut block_bytes[bytes.in_buffer(whole.start)];
-        match new {
-            New::Bytes(client) => target.copy_from_slice(client),
-            New::Zeroes { .. } => target.fill(0),
-        }
-        if matches!(new, New::Zeroes { may_trim: false }) {
-            // The client wants the space: a block that is all zeroes is stored too.
-            return self.store_run(&blocks, &block_bytes, whole.start);
-        }
-        self.store_blocks(&blocks, &block_bytes)
-    }
-
-    /// Changes bytes of a *data* block. The caller holds its stripe, shared at least.
-    fn modify_in_place(&self, bytes: ByteRange, new: New<'_>) -> Result<()> {
-        match new {
-            New::Bytes(client) => self.change(|store| store.write(client, bytes.start)),
-            // Not a hole, though the client may allow it: a block that is *data* keeps
-            // all of its space, so that a later write can't run out of it half way.
-            New::Zeroes { .. } => self.write_zeroes(bytes),
+        match content.bytes(self.bytes_of(blocks)) {
+            Some(new) => self.store_blocks(held, blocks, new),
+            None if content.may_trim() => self.discard(held, blocks),
+            None => self.zero_and_keep(held, blocks),
         }
     }
 
     /// Puts `bytes`, which are all those of `blocks`, into the store, and publishes.
-    /// The caller holds the stripes of `blocks`, shared at least.
     ///
     /// Blocks of zeroes that have no data are not stored. Looking for them costs
     /// a word a block where there is data.
-    pub(super) fn store_blocks(&self, blocks: &Range<BlockNum>, bytes: &[u8]) -> Result<()> {
+    pub(super) fn store_blocks<How>(
+        &self,
+        held: &Held<'_, How>,
+        blocks: &Range<BlockNum>,
+        bytes: &[u8],
+    ) -> Result<()> {
         let origin = self.block_size.start_of(blocks.start);
         // Nearly every small request is one block that begins with data.
         if blocks.start.next() == blocks.end && bytes[0] != 0 {
-            return self.store_run(blocks, bytes, origin);
+            return self.store_run(held, blocks, bytes, origin);
         }
         let mut start = blocks.start;
         while start < blocks.end {
@@ -158,7 +422,7 @@ impl<S: Store> Overlay<S> {
             let run = start..end;
             if stored {
                 let part = self.bytes_of(&run);
-                self.store_run(&run, &bytes[part.in_buffer(origin)], part.start)?;
+                self.store_run(held, &run, &bytes[part.in_buffer(origin)], part.start)?;
             } else {
                 self.store.reserve(&run, State::Zero)?;
                 self.publish(&run, BlockMap::set_zero_unless_data)?;
@@ -169,16 +433,27 @@ impl<S: Store> Overlay<S> {
     }
 
     /// Stores all the `bytes` of `blocks`, the first of which is at `offset`.
-    fn store_run(&self, blocks: &Range<BlockNum>, bytes: &[u8], offset: u64) -> Result<()> {
-        self.reserve_for_data(blocks)?;
-        self.change(|store| store.write(bytes, offset))?;
+    fn store_run<How>(
+        &self,
+        held: &Held<'_, How>,
+        blocks: &Range<BlockNum>,
+        bytes: &[u8],
+        offset: u64,
+    ) -> Result<()> {
+        self.reserve_for_data(held, blocks)?;
+        self.store.write(bytes, offset)?;
         self.publish(blocks, BlockMap::set_data)
     }
 
-    /// To be called before `blocks` become *data*, with their stripes held, shared at
-    /// least: so those that are *data* stay that, and of them there is note already.
+    /// To be called before `blocks` become *data*. Under the hold those that are *data*
+    /// stay that, and of them there is note already.
     #[inline(always)]
-    pub(super) fn reserve_for_data(&self, blocks: &Range<BlockNum>) -> Result<()> {
+    pub(super) fn reserve_for_data<How>(
+        &self,
+        held: &Held<'_, How>,
+        blocks: &Range<BlockNum>,
+    ) -> Result<()> {
+        debug_assert!(held.covers(blocks));
         match self.store.reserve(blocks, State::Data) {
             Err(e) if is_full(&e) && self.map.run(blocks)? == (State::Data, blocks.end) => Ok(()),
             reserved => reserved,
@@ -191,59 +466,79 @@ impl<S: Store> Overlay<S> {
         let part = self.bytes_of(&(block..block.next())).in_buffer(origin);
         Ok(!is_zero(&bytes[part]) || self.map.state(block)? == State::Data)
     }
-}
 
-/// Of larger blocks it would be too much that a request does not need.
-const MAX_HALVES: u64 = 2 * (64 << 10);
-
-/// A base of which some bytes may be here already: see [`Overlay::halves`].
-pub(super) struct Halves<'a, B> {
-    base: &'a B,
-    span: ByteRange,
-    /// Those of `span`, or none.
-    bytes: Vec<u8>,
-}
-
-impl<B: Base> Base for Halves<'_, B> {
-    fn size(&self) -> u64 {
-        self.base.size()
+    /// Runs `attempt`, and once more if it found no space and some could be given back
+    /// since. No stripe is held.
+    fn with_room(&self, mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
+        let progress = self.reclaim.progress();
+        match attempt() {
+            Err(e) if is_full(&e) => {
+                self.room_after(progress, e)?;
+                attempt()
+            }
+            done => done,
+        }
     }
 
-    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        if self.bytes.is_empty() {
-            return self.base.read(buf, offset);
+    /// Makes room after `failure`, which is for want of space. It is the outcome if
+    /// nothing was given back since `progress`: a client must hear of an error that it
+    /// alone can be told of.
+    #[cold]
+    fn room_after(&self, progress: u64, failure: Error) -> Result<()> {
+        self.make_room();
+        if self.reclaim.progress() == progress {
+            return Err(failure);
         }
-        // Nothing else is asked for: both blocks lie within the span.
-        let at = (offset - self.span.start) as usize;
-        buf.copy_from_slice(&self.bytes[at..at + buf.len()]);
         Ok(())
     }
+}
 
-    fn cache(&self, range: ByteRange) -> Result<()> {
-        self.base.cache(range)
-    }
-
-    fn extents(&self, range: ByteRange, only_first: bool, list: &mut Vec<Extent>) -> Result<()> {
-        self.base.extents(range, only_first, list)
+/// What came of a change of `bytes` under its first hold: if it found no space, its place
+/// in the order, and why.
+#[inline(always)]
+fn stored_or_deferred<'a, How>(
+    held: &Held<'a, How>,
+    bytes: ByteRange,
+    done: Result<()>,
+) -> Result<Option<(Deferral<'a>, Error)>> {
+    match done {
+        Ok(()) => {
+            held.supersede(bytes, None);
+            Ok(None)
+        }
+        Err(e) if is_full(&e) => Ok(Some((held.defer(bytes), e))),
+        Err(e) => Err(e),
     }
 }
 
 /// Fills `buf`, which stands for the block `whole`, with what the base has of it
-/// around `bytes`. One call: with a slow base the number of calls is what costs.
+/// around `bytes`. One call, if it can be: with a slow base the number of calls is what
+/// costs.
 fn read_around(base: &impl Base, buf: &mut [u8], whole: ByteRange, bytes: ByteRange) -> Result<()> {
-    let mut missing = whole;
-    if bytes.start == whole.start {
-        missing.start = bytes.end;
-    } else if bytes.end == whole.end {
-        missing.end = bytes.start;
+    let head = ByteRange {
+        start: whole.start,
+        end: bytes.start,
+    };
+    let tail = ByteRange {
+        start: bytes.end,
+        end: whole.end,
+    };
+    // What can't be read may be just what is overwritten.
+    if !head.is_empty() && !tail.is_empty() && base.read(buf, whole.start).is_ok() {
+        return Ok(());
     }
-    base.read(&mut buf[missing.in_buffer(whole.start)], missing.start)
+    for part in [head, tail] {
+        if !part.is_empty() {
+            base.read(&mut buf[part.in_buffer(whole.start)], part.start)?;
+        }
+    }
+    Ok(())
 }
 
 // By value and out of line, as in [`super`].
 
 #[cold]
 #[inline(never)]
-fn trace_write(piece: Piece) {
-    log::trace!("write {piece:?}");
+fn trace_change(piece: Piece) {
+    log::trace!("change {piece:?}");
 }

@@ -11,9 +11,9 @@ use bitvec::view::BitView;
 use super::super::file::ImageFile;
 use super::super::header::hash_of_export;
 use super::super::layout::{GuestCluster, has_data};
-use super::{CLUSTERS_PER_GROUP, ClusterSet, GroupCommit, Image, Writer, locked, ones};
+use super::{CLUSTERS_PER_GROUP, ClusterSet, GroupCommit, Image, Writer, ones};
 use crate::error::{Error, Result};
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, locked};
 
 /// So many groups are flushed at once. It bounds the memory that a flush takes
 /// (16 MiB); a flush of more is several.

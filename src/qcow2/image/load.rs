@@ -4,9 +4,10 @@ use super::super::file::ImageFile;
 use super::super::layout::{
     BLOCKS_PER_CLUSTER, ENTRY_LEN, Entry, GuestCluster, REFCOUNT_LEN, be_u64, has_data,
 };
-use super::{CLUSTERS_PER_GROUP, Image, Words, Writer, locked};
+use super::{CLUSTERS_PER_GROUP, Image, Words, Writer};
 use crate::buffer::{buffer, is_zero};
 use crate::error::Result;
+use crate::sync::locked;
 
 /// How much of the L2 tables is read at once when an image is opened.
 const LOAD_CHUNK: u64 = 1 << 20;

@@ -55,7 +55,6 @@ mod space;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::PoisonError;
 
 use bitvec::array::BitArray;
 use bitvec::order::Lsb0;
@@ -65,7 +64,7 @@ use super::header::Header;
 use super::layout::Layout;
 use crate::error::Result;
 use crate::overlay_file::OverlayFile;
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Condvar, Mutex, locked};
 
 /// Changes are kept for so many clusters together, 1 KiB of L2 entries: a leaf
 /// of the block map.
@@ -142,11 +141,6 @@ fn ones(bits: u64) -> impl Iterator<Item = u64> {
     let bits = BitArray::<[u64; 1], Lsb0>::new([bits]);
     let set = bits.into_iter().enumerate().filter(|(_, is_set)| *is_set);
     set.map(|(number, _)| number as u64)
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is guarded changes in steps that each leave it whole.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<F: ImageFile> Image<F> {

@@ -6,9 +6,9 @@ use std::ops::Range;
 
 use super::super::file::ImageFile;
 use super::super::layout::{ENTRY_LEN, GuestCluster, REFCOUNT_LEN};
-use super::{CLUSTERS_PER_GROUP, ClusterSet, Image, SHARDS, locked, ones};
+use super::{CLUSTERS_PER_GROUP, ClusterSet, Image, SHARDS, ones};
 use crate::error::Result;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, locked};
 
 /// Groups that are remembered together, as the bits of a word.
 const GROUPS_PER_WORD: u64 = 64;

@@ -1,0 +1,218 @@
+//! Giving space back, without anybody waiting for it.
+//!
+//! A discard publishes *zero*, which is a change of memory only, and is answered. The
+//! space that the blocks take in the store is punched out later, from a set of byte
+//! ranges ([`Pending`]). The set says where there may be something to punch. What is
+//! punched is decided by the block map, at the time: for each piece of at most one area
+//! its stripe is taken exclusively, and only what is not *data* is punched. So a write
+//! that comes between the discard and the punching is safe: either it has published
+//! *data* before the piece is looked at, or it waits for the stripe and stores its bytes
+//! after the hole was made. Bytes of blocks that are not *data* are never read, and who
+//! makes such a block *data* stores all of it.
+//!
+//! Pieces are small because a file system holds its lock on the file while it punches:
+//! all writers of the file wait for one piece.
+//!
+//! What a failed request has left behind is given back in the same way.
+//!
+//! # Who does it
+//!
+//! One thread for all overlays of a filter ([`Reclaim::run`]). Where there is none, the
+//! request that made the work does it before it is answered. A request that finds the
+//! store full punches all that is left at once, of all overlays, because they share a
+//! file system, and tries again.
+//!
+//! # Locks
+//!
+//! `punching` is taken before any stripe, and is held while a piece is punched: who finds
+//! the set empty under it knows that nothing is under way. No stripe is held when it is
+//! taken. The lock of the set itself is an inner one, held for moments. Those of
+//! [`Reclaim`] are outside of all of them, and are not held while anything is punched.
+
+use std::sync::{Arc, PoisonError, Weak};
+
+use super::ranges::Ranges;
+use super::stripes::AREA;
+use super::{Overlay, State, Store};
+use crate::block::ByteRange;
+use crate::error::Result;
+use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, Ordering, locked};
+
+/// Where an overlay may have space that nobody needs.
+#[derive(Default)]
+pub struct Pending {
+    ranges: Mutex<Ranges>,
+    punching: Mutex<()>,
+    /// A failure was logged.
+    has_failed: AtomicBool,
+}
+
+impl Pending {
+    pub fn insert(&self, range: ByteRange) {
+        locked(&self.ranges).insert(range);
+    }
+}
+
+/// An overlay, whatever its store is.
+trait GivesBack: Send + Sync {
+    fn give_back(&self, is_stopped: &dyn Fn() -> bool);
+}
+
+/// What the overlays of a filter have in common.
+#[derive(Default)]
+pub struct Reclaim {
+    overlays: Mutex<Vec<Weak<dyn GivesBack>>>,
+    thread: Mutex<Thread>,
+    wanted: Condvar,
+    /// How many pieces have been punched so far.
+    pieces: AtomicU64,
+}
+
+#[derive(Default)]
+struct Thread {
+    is_running: bool,
+    is_wanted: bool,
+    is_stopped: bool,
+}
+
+impl Reclaim {
+    /// Gives back what is pending, now and later, until [`Reclaim::stop`] is called. For
+    /// a thread of its own.
+    pub fn run(&self) {
+        let _running = Running::new(self);
+        while self.wait() {
+            let is_stopped = || locked(&self.thread).is_stopped;
+            self.overlays()
+                .iter()
+                .for_each(|overlay| overlay.give_back(&is_stopped));
+        }
+    }
+
+    /// Ends the thread, after the piece that it has in hand. What is left stays pending.
+    pub fn stop(&self) {
+        locked(&self.thread).is_stopped = true;
+        self.wanted.notify_all();
+    }
+
+    /// Waits until there is something to do. False: the thread is to end.
+    fn wait(&self) -> bool {
+        let mut thread = locked(&self.thread);
+        while !thread.is_wanted && !thread.is_stopped {
+            thread = self
+                .wanted
+                .wait(thread)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        thread.is_wanted = false;
+        !thread.is_stopped
+    }
+
+    /// Wakes the thread. False: there is none.
+    fn wake(&self) -> bool {
+        let mut thread = locked(&self.thread);
+        thread.is_wanted = true;
+        self.wanted.notify_all();
+        thread.is_running
+    }
+
+    fn overlays(&self) -> Vec<Arc<dyn GivesBack>> {
+        let mut overlays = locked(&self.overlays);
+        overlays.retain(|overlay| overlay.strong_count() > 0);
+        overlays.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Moves on with each piece that is punched.
+    #[inline]
+    pub fn progress(&self) -> u64 {
+        self.pieces.load(Ordering::Relaxed)
+    }
+}
+
+/// The thread is there, until this is dropped.
+struct Running<'a>(&'a Reclaim);
+
+impl<'a> Running<'a> {
+    fn new(reclaim: &'a Reclaim) -> Self {
+        locked(&reclaim.thread).is_running = true;
+        Running(reclaim)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        locked(&self.0.thread).is_running = false;
+    }
+}
+
+impl<S: Store> Overlay<S> {
+    /// Gives back all that is pending, and waits for what others are giving back.
+    pub fn give_back(&self) {
+        while self.give_back_piece() {}
+    }
+
+    /// The same for one piece. False: there is none left.
+    fn give_back_piece(&self) -> bool {
+        let _punching = locked(&self.pending.punching);
+        let cut = |start: u64| (start / AREA + 1).saturating_mul(AREA);
+        let Some(piece) = locked(&self.pending.ranges).take_first(cut) else {
+            return false;
+        };
+        // A failure loses nothing but the space: what is not data is not read. It is told
+        // once, and not tried again, which could go on for ever.
+        if let Err(e) = self.punch_unused(piece) {
+            if !self.pending.has_failed.swap(true, Ordering::Relaxed) {
+                log::warn!("space that is not needed any more can't be given back: {e}");
+            }
+        }
+        self.reclaim.pieces.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    /// Punches out what is not *data* in `piece`, which lies within one area.
+    fn punch_unused(&self, piece: ByteRange) -> Result<()> {
+        let blocks = self.block_size.touched_by(piece);
+        self.stripes.exclusive(&blocks, |_held| {
+            let mut data = Ranges::default();
+            for run in self.map.runs(blocks.clone()) {
+                if let (State::Data, run) = run? {
+                    data.insert(self.bytes_of(&run));
+                }
+            }
+            data.gaps(piece)
+                .try_for_each(|unused| self.store.punch(unused).map(drop))
+        })
+    }
+
+    /// Has given back what is pending: by the thread, or here and now if there is none.
+    /// No stripe is held.
+    pub(super) fn give_back_later(&self) {
+        if !locked(&self.pending.ranges).is_empty() && !self.reclaim.wake() {
+            self.give_back();
+        }
+    }
+
+    /// Makes what room there is to be had. No stripe is held.
+    pub(super) fn make_room(&self) {
+        self.give_back();
+        for overlay in self.reclaim.overlays() {
+            overlay.give_back(&|| false);
+        }
+    }
+}
+
+impl<S: Store + 'static> Overlay<S> {
+    /// This overlay as one of those of a filter.
+    pub fn join(mut self, reclaim: &Arc<Reclaim>) -> Arc<Self> {
+        self.reclaim = Arc::clone(reclaim);
+        let overlay = Arc::new(self);
+        let weak: Weak<Self> = Arc::downgrade(&overlay);
+        locked(&reclaim.overlays).push(weak);
+        overlay
+    }
+}
+
+impl<S: Store> GivesBack for Overlay<S> {
+    fn give_back(&self, is_stopped: &dyn Fn() -> bool) {
+        while !is_stopped() && self.give_back_piece() {}
+    }
+}
