@@ -89,6 +89,11 @@ impl Error {
         }
     }
 
+    /// Whether it says that there is no space.
+    pub fn is_full(&self) -> bool {
+        matches!(self.0.errno, libc::ENOSPC | libc::EDQUOT)
+    }
+
     /// Whether the layer below has already written its own message.
     pub fn is_reported(&self) -> bool {
         self.0.reported

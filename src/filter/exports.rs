@@ -13,7 +13,7 @@ use super::config::{Config, ScopeKind};
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
 use crate::kept::{Kept, KeptStore, Wanted};
-use crate::overlay::{Overlay, Store};
+use crate::overlay::{Overlay, Reclaim, Store};
 use crate::temporary::{Directory, TemporaryStore};
 
 /// The overlays of a filter.
@@ -26,6 +26,7 @@ pub enum Exports {
 pub struct Temporary {
     block_size: BlockSize,
     directory: Arc<Directory>,
+    reclaim: Arc<Reclaim>,
     /// `None`: each connection has an overlay of its own.
     users: Option<Users<TemporaryStore>>,
 }
@@ -56,7 +57,7 @@ pub(super) use each;
 impl Exports {
     /// Fails if the directory of the overlays, or the image that is to be one, is not
     /// fit for it.
-    pub fn new(config: &Config) -> Result<Self> {
+    pub fn new(config: &Config, reclaim: &Arc<Reclaim>) -> Result<Self> {
         let Some(path) = &config.overlay else {
             if config.backing.is_some() {
                 return Err(Error::new(
@@ -64,7 +65,7 @@ impl Exports {
                     "cow-backing is of no use without cow-overlay",
                 ));
             }
-            return Ok(Exports::Temporary(Temporary::new(config)?));
+            return Ok(Exports::Temporary(Temporary::new(config, reclaim)?));
         };
         if config.scope == ScopeKind::Connection {
             return Err(Error::new(
@@ -77,6 +78,7 @@ impl Exports {
             path: path.clone(),
             block_size: config.block_size,
             backing: config.backing(),
+            reclaim: Arc::clone(reclaim),
         })?;
         Ok(Exports::Kept(kept, Users::default()))
     }
@@ -97,7 +99,7 @@ impl Exports {
 }
 
 impl Temporary {
-    fn new(config: &Config) -> Result<Self> {
+    fn new(config: &Config, reclaim: &Arc<Reclaim>) -> Result<Self> {
         let directory = Directory::from_environment()?;
         let block_size = config
             .block_size
@@ -109,6 +111,7 @@ impl Temporary {
         Ok(Temporary {
             block_size,
             directory: Arc::new(directory),
+            reclaim: Arc::clone(reclaim),
             users: match config.scope {
                 ScopeKind::Export => Some(Users::default()),
                 ScopeKind::Connection => None,
@@ -124,7 +127,7 @@ impl Temporary {
         let make = || {
             log::debug!("new overlay for export {export:?} of {size} bytes");
             let store = TemporaryStore::new(Arc::clone(&self.directory), size);
-            Arc::new(Overlay::new(size, self.block_size, store))
+            Overlay::new(size, self.block_size, store).join(&self.reclaim)
         };
         match &self.users {
             Some(users) => users.join(export, size, |_| Ok(make())),
@@ -251,11 +254,11 @@ mod tests {
     use crate::overlay::Zeroing;
 
     fn temporary(scope: ScopeKind) -> Temporary {
-        Temporary::new(&Config {
+        let config = Config {
             scope,
             ..Config::default()
-        })
-        .expect("a directory")
+        };
+        Temporary::new(&config, &Arc::default()).expect("a directory")
     }
 
     fn is_same(a: &Use<'_, TemporaryStore>, b: &Use<'_, TemporaryStore>) -> bool {

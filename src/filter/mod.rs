@@ -11,11 +11,13 @@ mod exports;
 
 use std::ffi::CStr;
 use std::process;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{self, JoinHandle};
 
 use nix::unistd::{Uid, geteuid};
 
 use crate::error::{Error, Result};
+use crate::overlay::Reclaim;
 use crate::temporary::Directory;
 use config::{Config, FilesBelow};
 pub use connection::{Advice, Connection};
@@ -25,6 +27,9 @@ use exports::Exports;
 pub struct Filter {
     config: Config,
     exports: Exports,
+    reclaim: Arc<Reclaim>,
+    /// The thread that gives space back.
+    reclaimer: Mutex<Option<JoinHandle<()>>>,
     user: Uid,
     process: u32,
     /// Why nobody is served.
@@ -36,13 +41,29 @@ impl Filter {
     /// fit for it.
     pub fn new(config: Config) -> Result<Self> {
         log::debug!("{config:?}");
+        let reclaim = Arc::default();
         Ok(Filter {
-            exports: Exports::new(&config)?,
+            exports: Exports::new(&config, &reclaim)?,
+            reclaim,
+            reclaimer: Mutex::default(),
             config,
             user: geteuid(),
             process: process::id(),
             unfit: OnceLock::new(),
         })
+    }
+
+    /// Starts what runs beside the requests. To be called when nbdkit has forked, which
+    /// no thread survives.
+    pub fn start(&self) {
+        let reclaim = Arc::clone(&self.reclaim);
+        let thread = thread::Builder::new().name("cow-reclaim".to_string());
+        match thread.spawn(move || reclaim.run()) {
+            Ok(handle) => *locked(&self.reclaimer) = Some(handle),
+            Err(e) => log::warn!(
+                "there is no thread to give space back, so trim and zero requests take longer: {e}"
+            ),
+        }
     }
 
     /// Looks at the directory again if nbdkit has become another user (`-u`)
@@ -103,11 +124,21 @@ impl Filter {
         Ok(Connection::new(self, overlay))
     }
 
-    /// Makes safe what is to be kept, when the last client is gone.
+    /// Ends what runs beside the requests, and makes safe what is to be kept, when the
+    /// last client is gone.
     pub fn finish(&self) -> Result<()> {
+        self.reclaim.stop();
+        if let Some(reclaimer) = locked(&self.reclaimer).take() {
+            // nbdkit unloads the library after this. A panic was logged when it happened.
+            let _ = reclaimer.join();
+        }
         match &self.exports {
             Exports::Temporary(_) => Ok(()),
             Exports::Kept(kept, _) => kept.finish(),
         }
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

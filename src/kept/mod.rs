@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
 use crate::file_system::FileSystem;
-use crate::overlay::Overlay;
+use crate::overlay::{Overlay, Reclaim};
 use crate::qcow2::header::Header;
 use crate::qcow2::image::Image;
 use crate::qcow2::layout::Layout;
@@ -39,6 +39,7 @@ pub struct Wanted {
     pub block_size: Option<BlockSize>,
     /// The base's name, if one was given or can be told from the parameters.
     pub backing: Option<Backing>,
+    pub reclaim: Arc<Reclaim>,
 }
 
 /// See the module's documentation.
@@ -46,6 +47,7 @@ pub struct Kept {
     path: ImagePath,
     block_size: Option<BlockSize>,
     backing: Option<Backing>,
+    reclaim: Arc<Reclaim>,
     /// Held while an image is made, so that none is made twice.
     overlay: Mutex<Option<Arc<KeptOverlay>>>,
 }
@@ -61,17 +63,18 @@ impl Kept {
             path: ImagePath::new(&wanted.path),
             block_size: wanted.block_size,
             backing: wanted.backing,
+            reclaim: wanted.reclaim,
             overlay: Mutex::default(),
         };
         match File::options().read(true).write(true).open(&wanted.path) {
-            Ok(file) => kept.overlay = Mutex::new(Some(Arc::new(kept.resume(file)?))),
+            Ok(file) => kept.overlay = Mutex::new(Some(kept.resume(file)?)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => kept.expect_makeable()?,
             Err(e) => return Err(kept.path.failed(e, "opening")),
         }
         Ok(kept)
     }
 
-    fn resume(&self, file: File) -> Result<KeptOverlay> {
+    fn resume(&self, file: File) -> Result<Arc<KeptOverlay>> {
         let metadata = file
             .metadata()
             .map_err(|e| self.path.failed(e, "looking at"))?;
@@ -105,7 +108,7 @@ impl Kept {
             layout.disk_size(),
             layout.block_size()
         );
-        Ok(overlay)
+        Ok(overlay.join(&self.reclaim))
     }
 
     /// Looks, before nbdkit goes into the background, whether the image will find its
@@ -164,7 +167,7 @@ impl Kept {
         let mut held = self.held();
         Ok(Arc::clone(match &*held {
             Some(overlay) => overlay,
-            None => held.insert(Arc::new(self.make(size)?)),
+            None => held.insert(self.make(size)?),
         }))
     }
 
@@ -197,7 +200,7 @@ impl Kept {
 
     /// Makes the image under another name, and gives it its own when all of it is
     /// on the disk: a crash leaves either none or a whole one.
-    fn make(&self, size: u64) -> Result<KeptOverlay> {
+    fn make(&self, size: u64) -> Result<Arc<KeptOverlay>> {
         let file_system = self.path.try_file_system()?;
         let block_size = self.block_size_on(&file_system);
         let Some(backing) = &self.backing else {
@@ -240,16 +243,17 @@ impl Kept {
             self.path.path().display()
         );
         let store = KeptStore::new(image, file_system.can_zero_range);
-        Ok(Overlay::new(size, block_size, store))
+        Ok(Overlay::new(size, block_size, store).join(&self.reclaim))
     }
 
-    /// The last flush, when all clients are gone.
+    /// Gives back what is left to be given back, and flushes, when all clients are gone.
     pub fn finish(&self) -> Result<()> {
         let Some(overlay) = &*self.held() else {
             return Ok(());
         };
         self.path
             .expect_still_there(overlay.store().image().file())?;
+        overlay.give_back();
         overlay.flush().map_err(|e| {
             Error::new(
                 e.errno(),

@@ -151,6 +151,7 @@ callback! { plain get_ready(_thread_model: c_int) -> c_int, or -1, {
 
 callback! { plain after_fork(backend: *mut sys::nbdkit_backend) -> c_int, or -1, {
     let filter = filter()?;
+    filter.start();
     filter.recheck();
     // SAFETY: nbdkit passes the layer below.
     filter.check_base(|| unsafe { next::size_before_connections(backend) })?;

@@ -77,7 +77,7 @@ mod write;
 mod zero;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use map::{BlockMap, State};
 pub use reclaim::Reclaim;
@@ -87,7 +87,7 @@ pub use zero::Zeroing;
 use crate::base::Base;
 use crate::block::{BlockNum, BlockSize, ByteRange};
 use crate::buffer::buffer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use reclaim::Pending;
 use stripes::Stripes;
 
@@ -106,6 +106,9 @@ pub struct Overlay<S> {
     has_orphans: bool,
     pending: Pending,
     reclaim: Arc<Reclaim>,
+    /// Why a change of the store has failed of which no client could be told. Some
+    /// systems (NFS) tell of a write that was lost with a later one, and once only.
+    untold: OnceLock<String>,
 }
 
 impl<S: Store> Overlay<S> {
@@ -120,6 +123,7 @@ impl<S: Store> Overlay<S> {
             has_orphans: false,
             pending: Pending::default(),
             reclaim: Arc::default(),
+            untold: OnceLock::new(),
         }
     }
 
@@ -206,9 +210,19 @@ impl<S: Store> Overlay<S> {
             }
         };
         if let Err(e) = saved {
-            log::debug!("cow-on-read: {part:?} is not saved: {e}");
+            self.note_not_saved("cow-on-read", part, &e);
         }
         Ok(())
+    }
+
+    /// That a copy is not saved must not fail the request that it is made for. But a
+    /// flush must fail if the error may be that of an earlier write. One of the base is
+    /// not, nor is a want of memory or space: what was acknowledged had that.
+    fn note_not_saved(&self, why: &str, bytes: ByteRange, error: &Error) {
+        log::debug!("{why}: {bytes:?} is not saved: {error}");
+        if !error.is_reported() && !error.is_full() && error.errno() != libc::ENOMEM {
+            self.untold.get_or_init(|| error.to_string());
+        }
     }
 
     /// Saves `bytes`, which the base has in `blocks`, where the blocks are still
@@ -250,7 +264,7 @@ impl<S: Store> Overlay<S> {
             if copy {
                 match self.copy_from_base(base, blocks) {
                     Ok(()) => continue,
-                    Err(e) => log::debug!("cow-on-cache: {bytes:?} is not saved: {e}"),
+                    Err(e) => self.note_not_saved("cow-on-cache", bytes, &e),
                 }
             }
             base.cache(bytes)?;
@@ -286,6 +300,12 @@ impl<S: Store> Overlay<S> {
 
     /// Makes what was written before safe from power loss, where the store keeps it.
     pub fn flush(&self) -> Result<()> {
+        if let Some(why) = self.untold.get() {
+            return Err(Error::new(
+                libc::EIO,
+                format!("what was written may be lost, since a later write failed: {why}"),
+            ));
+        }
         self.store.flush(&|word| self.map.word(word))
     }
 

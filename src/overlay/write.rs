@@ -51,11 +51,6 @@ enum Begun<'a> {
 /// it would be too much that a request does not need.
 const MAX_READ_FOR_TWO: u64 = 2 * (64 << 10);
 
-/// Whether an error says that there is no space.
-pub(super) fn is_full(error: &Error) -> bool {
-    matches!(error.errno(), libc::ENOSPC | libc::EDQUOT)
-}
-
 impl<'a> Content<'a> {
     /// What is for `range`, if it is bytes.
     fn bytes(&self, range: ByteRange) -> Option<&'a [u8]> {
@@ -77,7 +72,7 @@ impl<'a> Content<'a> {
     /// a trim does nothing.
     fn unless_full_trim(&self, done: Result<()>) -> Result<()> {
         match done {
-            Err(e) if self.is_trim() && is_full(&e) => {
+            Err(e) if self.is_trim() && e.is_full() => {
                 log::debug!("trim: something keeps its old value: {e}");
                 Ok(())
             }
@@ -149,7 +144,7 @@ impl<S: Store> Overlay<S> {
             };
             match was {
                 State::Data => match self.change_in_place(held, bytes, content) {
-                    Err(e) if is_full(&e) => return Ok(Begun::Full(later(), e)),
+                    Err(e) if e.is_full() => return Ok(Begun::Full(later(), e)),
                     done => done?,
                 },
                 // A trim promises nothing, and it must not take space.
@@ -356,7 +351,7 @@ impl<S: Store> Overlay<S> {
             match done {
                 // What can't be discarded for want of space keeps nothing behind it from
                 // being given back.
-                Err(e) if is_full(&e) && content.may_trim() => full = Err(e),
+                Err(e) if e.is_full() && content.may_trim() => full = Err(e),
                 done => done?,
             }
         }
@@ -455,7 +450,7 @@ impl<S: Store> Overlay<S> {
     ) -> Result<()> {
         debug_assert!(held.covers(blocks));
         match self.store.reserve(blocks, State::Data) {
-            Err(e) if is_full(&e) && self.map.run(blocks)? == (State::Data, blocks.end) => Ok(()),
+            Err(e) if e.is_full() && self.map.run(blocks)? == (State::Data, blocks.end) => Ok(()),
             reserved => reserved,
         }
     }
@@ -472,7 +467,7 @@ impl<S: Store> Overlay<S> {
     fn with_room(&self, mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
         let progress = self.reclaim.progress();
         match attempt() {
-            Err(e) if is_full(&e) => {
+            Err(e) if e.is_full() => {
                 self.room_after(progress, e)?;
                 attempt()
             }
@@ -506,7 +501,7 @@ fn stored_or_deferred<'a, How>(
             held.supersede(bytes, None);
             Ok(None)
         }
-        Err(e) if is_full(&e) => Ok(Some((held.defer(bytes), e))),
+        Err(e) if e.is_full() => Ok(Some((held.defer(bytes), e))),
         Err(e) => Err(e),
     }
 }

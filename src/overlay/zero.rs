@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::map::BlockMap;
 use super::stripes::{AREA, Exclusive, Held};
-use super::write::{Content, is_full};
+use super::write::Content;
 use super::{Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
@@ -93,7 +93,7 @@ impl<S: Store> Overlay<S> {
             self.pending.insert(self.bytes_of(blocks));
         }
         match self.store.reserve(blocks, State::Zero) {
-            Err(e) if is_full(&e) => self.discard_what_fits(held, blocks),
+            Err(e) if e.is_full() => self.discard_what_fits(held, blocks),
             reserved => reserved.and_then(|()| self.discard_reserved(held, blocks)),
         }
     }

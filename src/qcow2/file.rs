@@ -58,7 +58,7 @@ impl ImageFile for File {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        sparse::write_all(self, buf, offset)
+        self.write_all_at(buf, offset)
     }
 
     fn sync(&self) -> io::Result<()> {

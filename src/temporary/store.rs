@@ -181,12 +181,13 @@ impl Store for TemporaryStore {
     fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
         let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
         if let Some((file, at)) = self.in_one(range) {
-            return sparse::write_all(file, buf, at)
+            return file
+                .write_all_at(buf, at)
                 .map_err(|e| self.failed(e, "writing to", range));
         }
         for (index, at, part) in self.parts(range) {
             let file = self.present_or_new(index)?;
-            sparse::write_all(&file, &buf[part.in_buffer(offset)], at)
+            file.write_all_at(&buf[part.in_buffer(offset)], at)
                 .map_err(|e| self.failed(e, "writing to", part))?;
         }
         Ok(())

@@ -29,8 +29,8 @@ impl<F: ImageFile> Image<F> {
     /// Writes the refcount 0 for what was leaked when the image was opened. Done once,
     /// before anything else is flushed: in the file no entry leads there yet. (A sync
     /// comes first: that the entry is gone may not be on the disk, if the program
-    /// before this one was killed.) That the refcounts can't be written is no error of
-    /// the one who asked for a flush.
+    /// before this one was killed.) That there is no space for the refcounts is no error
+    /// of the one who asked for a flush. Another error may be that of an earlier write.
     fn give_up_leaks(&self, writer: &mut Writer, word: &dyn Fn(GuestCluster) -> u64) -> Result<()> {
         let leaks = std::mem::take(&mut writer.leaks);
         if leaks.is_empty() {
@@ -47,10 +47,13 @@ impl<F: ImageFile> Image<F> {
                 word: word(cluster) & self.layout.valid_bits(cluster),
             })
             .collect();
-        if let Err(e) = self.count(writer, &seen, false) {
-            log::debug!("clusters stay leaked: {e}");
+        match self.count(writer, &seen, false) {
+            Err(e) if e.is_full() => {
+                log::debug!("clusters stay leaked: {e}");
+                Ok(())
+            }
+            counted => counted,
         }
-        Ok(())
     }
 
     /// Runs `change`, which changes words of `clusters` (which lie in one group) in
