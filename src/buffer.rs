@@ -21,6 +21,15 @@ pub fn push<T>(list: &mut Vec<T>, item: T) -> Result<()> {
     Ok(())
 }
 
+/// All that `items` gives, as a list; ENOMEM, not an abort, as above.
+pub fn list<T>(items: impl Iterator<Item = T>) -> Result<Vec<T>> {
+    let mut list = Vec::new();
+    for item in items {
+        push(&mut list, item)?;
+    }
+    Ok(list)
+}
+
 /// Whether all of `bytes` are zero. Stops at the first word that is not.
 pub fn is_zero(bytes: &[u8]) -> bool {
     // Most data shows at once, before any loop is set up.

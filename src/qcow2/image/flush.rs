@@ -12,6 +12,7 @@ use super::super::file::ImageFile;
 use super::super::header::hash_of_export;
 use super::super::layout::{GuestCluster, has_data};
 use super::{CLUSTERS_PER_GROUP, ClusterSet, GroupCommit, Image, Writer, ones};
+use crate::buffer::list;
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex, locked};
 
@@ -19,8 +20,9 @@ use crate::sync::{Condvar, Mutex, locked};
 /// (16 MiB); a flush of more is several.
 const GROUPS_PER_PASS: usize = 16 << 10;
 
-/// A cluster as a flush has seen it.
-struct Seen {
+/// A dirty cluster, with its word as the flush has seen it.
+#[derive(Clone, Copy)]
+struct DirtyCluster {
     cluster: GuestCluster,
     word: u64,
 }
@@ -32,22 +34,16 @@ impl<F: ImageFile> Image<F> {
     /// before this one was killed.) That there is no space for the refcounts is no error
     /// of the one who asked for a flush. Another error may be that of an earlier write.
     fn give_up_leaks(&self, writer: &mut Writer, word: &dyn Fn(GuestCluster) -> u64) -> Result<()> {
-        let leaks = std::mem::take(&mut writer.leaks);
-        if leaks.is_empty() {
+        if writer.leaks.is_empty() {
             return Ok(());
         }
         self.sync_or_fail(writer)?;
-        let seen: Vec<Seen> = leaks
-            .iter()
-            .flat_map(|(group, bits)| {
-                ones(*bits).map(move |i| GuestCluster(group * CLUSTERS_PER_GROUP + i))
-            })
-            .map(|cluster| Seen {
-                cluster,
-                word: word(cluster) & self.layout.valid_bits(cluster),
-            })
-            .collect();
-        match self.count(writer, &seen, false) {
+        let clusters = writer.leaks.iter().flat_map(|(group, bits)| {
+            ones(*bits).map(move |i| GuestCluster(group * CLUSTERS_PER_GROUP + i))
+        });
+        let leaks = self.look_at(clusters, word)?;
+        writer.leaks.clear();
+        match self.write_refcounts(writer, &leaks, false) {
             Err(e) if e.is_full() => {
                 log::debug!("clusters stay leaked: {e}");
                 Ok(())
@@ -148,7 +144,7 @@ impl<F: ImageFile> Image<F> {
         };
         let mut passes = passes(first).chain(passes(last));
         while let Some(marks) = passes.next() {
-            if let Err(e) = self.flush_marked(&mut writer, &marks, word) {
+            if let Err(e) = self.flush_clusters(&mut writer, &marks, word) {
                 // They are not in the file yet. Those that are lose nothing by
                 // being written again.
                 for (group, bits) in marks.into_iter().chain(passes.flatten()) {
@@ -200,24 +196,30 @@ impl<F: ImageFile> Image<F> {
         Ok(())
     }
 
-    fn flush_marked(
+    fn flush_clusters(
         &self,
         writer: &mut Writer,
         marks: &ClusterSet,
         word: &dyn Fn(GuestCluster) -> u64,
     ) -> Result<()> {
-        let seen: Vec<Seen> = spans(marks)
-            .map(|cluster| Seen {
-                cluster,
-                word: word(cluster) & self.layout.valid_bits(cluster),
-            })
-            .collect();
-
+        let clusters = self.look_at(spans(marks), word)?;
         self.record_export()?;
-        self.count(writer, &seen, true)?;
+        self.write_refcounts(writer, &clusters, true)?;
         self.sync_or_fail(writer)?;
-        self.write_entries(writer, &seen)?;
-        self.count(writer, &seen, false)
+        self.write_entries(writer, &clusters)?;
+        self.write_refcounts(writer, &clusters, false)
+    }
+
+    /// `clusters` with the words that they have now.
+    fn look_at(
+        &self,
+        clusters: impl Iterator<Item = GuestCluster>,
+        word: &dyn Fn(GuestCluster) -> u64,
+    ) -> Result<Vec<DirtyCluster>> {
+        list(clusters.map(|cluster| DirtyCluster {
+            cluster,
+            word: word(cluster) & self.layout.valid_bits(cluster),
+        }))
     }
 
     /// Writes the L2 entries; they are safe when this returns.
@@ -227,50 +229,50 @@ impl<F: ImageFile> Image<F> {
     /// costs the file system a transaction. It is written before without a sync, so
     /// that an error of the sync is known from one of the write (no space, say),
     /// after which nothing is lost.
-    fn write_entries(&self, writer: &mut Writer, seen: &[Seen]) -> Result<()> {
-        let mut pieces = runs(seen).map(|run| {
-            let bytes: Vec<u8> = run
-                .iter()
-                .flat_map(|seen| self.layout.entry(seen.cluster, seen.word).to_bytes())
-                .collect();
-            (bytes, self.layout.entry_at(run[0].cluster))
-        });
-        let Some((first, at)) = pieces.next() else {
-            return Ok(());
-        };
-        self.write_at(&first, at)?;
-        let mut is_one = true;
-        for (bytes, at) in pieces {
+    fn write_entries(&self, writer: &mut Writer, clusters: &[DirtyCluster]) -> Result<()> {
+        let entry = |dirty: &DirtyCluster| self.layout.entry(dirty.cluster, dirty.word).to_bytes();
+        let mut bytes = Vec::new();
+        let mut at = 0;
+        let mut pieces = 0;
+        for run in runs(clusters) {
+            bytes = list(run.iter().flat_map(entry))?;
+            at = self.layout.entry_at(run[0].cluster);
+            pieces += 1;
             self.write_at(&bytes, at)?;
-            is_one = false;
         }
-        if !is_one {
-            return self.sync_or_fail(writer);
+        match pieces {
+            0 => Ok(()),
+            1 => {
+                let synced = self.file.write_synced(&bytes, at);
+                self.expect_synced(writer, synced)
+            }
+            _ => self.sync_or_fail(writer),
         }
-        let synced = self.file.write_synced(&first, at);
-        self.expect_synced(writer, synced)
     }
 
-    /// Writes the refcount 1 (`counted`) for those that have data and no refcount,
-    /// or 0 for those that have a refcount and no data. Those for which that is not
-    /// known get one in any case.
-    fn count(&self, writer: &mut Writer, seen: &[Seen], counted: bool) -> Result<()> {
-        let changed: Vec<Seen> = seen
-            .iter()
-            .filter(|seen| {
-                let is_right = contains(&writer.counted, seen.cluster) == counted
-                    && !contains(&writer.unknown, seen.cluster);
-                has_data(seen.word) == counted && !is_right
-            })
-            .map(|seen| Seen { ..*seen })
-            .collect();
+    /// Writes the refcount 1 (`is_used`) for those that have data and the refcount 0, or
+    /// 0 for those that have no data and the refcount 1. Those whose refcount is not known
+    /// get one in any case.
+    fn write_refcounts(
+        &self,
+        writer: &mut Writer,
+        clusters: &[DirtyCluster],
+        is_used: bool,
+    ) -> Result<()> {
+        let is_wrong = |dirty: &&DirtyCluster| {
+            has_data(dirty.word) == is_used
+                && (contains(&writer.used, dirty.cluster) != is_used
+                    || contains(&writer.unknown, dirty.cluster))
+        };
+        let changed = list(clusters.iter().filter(is_wrong).copied())?;
         for run in runs(&changed) {
-            let bytes = u16::from(counted).to_be_bytes().repeat(run.len());
+            let refcount = u16::from(is_used).to_be_bytes();
+            let bytes = list(run.iter().flat_map(|_| refcount))?;
             let done = self.write_at(&bytes, self.layout.refcount_at(run[0].cluster));
-            for seen in run {
-                set(&mut writer.unknown, seen.cluster, done.is_err());
+            for dirty in run {
+                set(&mut writer.unknown, dirty.cluster, done.is_err());
                 if done.is_ok() {
-                    set(&mut writer.counted, seen.cluster, counted);
+                    set(&mut writer.used, dirty.cluster, is_used);
                 }
             }
             done?;
@@ -365,9 +367,9 @@ fn spans(marks: &ClusterSet) -> impl Iterator<Item = GuestCluster> + '_ {
     })
 }
 
-/// `seen` cut into runs of clusters that follow each other.
-fn runs(seen: &[Seen]) -> impl Iterator<Item = &[Seen]> {
-    seen.chunk_by(|a, b| a.cluster.0 + 1 == b.cluster.0)
+/// `clusters` cut into runs of clusters that follow each other.
+fn runs(clusters: &[DirtyCluster]) -> impl Iterator<Item = &[DirtyCluster]> {
+    clusters.chunk_by(|a, b| a.cluster.0 + 1 == b.cluster.0)
 }
 
 #[cfg(test)]

@@ -87,7 +87,7 @@ impl<F: ImageFile> Image<F> {
                     self.note_described(group);
                 }
                 if counted != 0 {
-                    writer.counted.insert(group, counted);
+                    writer.used.insert(group, counted);
                     self.note_leaks(&mut writer, group, entries, counted, &words);
                 }
                 each(group, &words)?;

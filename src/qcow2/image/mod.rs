@@ -110,10 +110,10 @@ struct Export {
 /// What only the one who flushes needs.
 struct Writer {
     /// Clusters whose refcount in the file is 1.
-    counted: ClusterSet,
+    used: ClusterSet,
     /// Clusters that were leaked when the image was opened, until the first flush.
     leaks: ClusterSet,
-    /// Clusters whose refcount may be 0 or 1, whatever `counted` says: a write of it
+    /// Clusters whose refcount may be 0 or 1, whatever `used` says: a write of it
     /// failed, and may have been done in part. The next flush writes it, else it might
     /// rely on a 1 that is not there.
     unknown: ClusterSet,
@@ -215,7 +215,7 @@ impl<F: ImageFile> Image<F> {
             described: Mutex::default(),
             unreserved: Mutex::default(),
             writer: Mutex::new(Writer {
-                counted: ClusterSet::new(),
+                used: ClusterSet::new(),
                 leaks: ClusterSet::new(),
                 unknown: ClusterSet::new(),
                 failed: None,
