@@ -11,14 +11,15 @@
 //! | read | none | nothing | nothing |
 //! | write of whole blocks | shared | the client's bytes | *data* (*zero*, if all zeroes and no data yet) |
 //! | write into a *data* block, in place | shared | the client's bytes | nothing |
-//! | zeroes that keep their space | shared | zeroes | *data* |
-//! | fill | exclusive | whole blocks | *data* or *zero* |
-//! | discard (trim, zeroes that may trim) | exclusive | a hole, after publishing | *zero* |
+//! | fill, read-modify-write | exclusive | whole blocks | *data* or *zero* |
+//! | zeroes that keep their space | exclusive | zeroes | *data* |
+//! | discard (trim, zeroes that may trim) | exclusive | nothing | *zero* |
+//! | giving space back (`reclaim`) | exclusive | a hole, where nothing is *data* | nothing |
 //!
-//! A *fill* writes bytes that its client did not send: the rest of the block
-//! around a partial write, what cow-on-read and cow-on-cache save. Fills are
-//! where data is lost if one is careless, because between reading the base and
-//! writing to the store another request may have written to the block.
+//! A *fill* saves what the base has (cow-on-read, cow-on-cache). It and a
+//! *read-modify-write* (of the block around a partial write) write bytes that their client
+//! did not send. That is where data is lost if one is careless, because between reading
+//! the base and writing to the store another request may have written to the block.
 //!
 //! # The rule
 //!
@@ -32,19 +33,26 @@
 //! could put another value there that no later request asked for?
 //!
 //! - *A fill of b that read the base before W.* It has to take b's stripe
-//!   exclusively and look at the state again. If W was a whole block or a fill
-//!   itself, b is *data* or *zero* by then, and the fill either writes its own
-//!   client's bytes in place, or fills with zeroes, or is dropped. If W was in
-//!   place, b was *data* all along. If W comes after the fill has let go, W sees
+//!   exclusively and look at the state again. If W was a whole block or a
+//!   read-modify-write, b is *data* or *zero* by then, and the fill is dropped. If W was
+//!   in place, b was *data* all along. If W comes after the fill has let go, W sees
 //!   *data*. There is no fourth case, since W holds the stripe shared from its
 //!   look at the state until it has published.
-//! - *A discard that another client sent to other bytes of b.* Partial zeroes are
-//!   a write in place or a fill, so they write those other bytes only, or are
-//!   covered above. A discard of b as a whole overlaps W: it came later, or the
-//!   two were in flight together and either order is right. But it must be one
-//!   of the two for all of b: so publishing *zero* and punching the hole happen
-//!   under one exclusive hold, or a W that comes between would be published and
-//!   then punched out.
+//! - *A read-modify-write of other bytes of b that read the base before W.* It too looks
+//!   again. If b has become *data* it writes its own client's bytes in place; if b has
+//!   become *zero* the rest of the block is zeroes.
+//! - *A read-modify-write of the same byte that came before W.* It heard of W, and leaves
+//!   that byte out: see the order of changes in `stripes`. One that came after W may
+//!   have its own byte there.
+//! - *A discard that another client sent to other bytes of b.* Zeroes in a part of a
+//!   block are a write in place or a read-modify-write, so they write those other bytes
+//!   only. (A trim of a part of a block that is *base* does nothing.) A discard of b as a
+//!   whole overlaps W: if it came first it is followed by W, and if it came later it was
+//!   asked for.
+//! - *The punching of a discard that came before W.* It happens under an exclusive hold,
+//!   and only where b is not *data* then. If W was stored, b is *data*. If W comes after
+//!   it, W stores its bytes behind it. A write in place needs b to be *data*, and a block
+//!   that becomes *data* is stored as a whole.
 //! - *A write of whole blocks, of which b is one, in flight together with W.* It
 //!   overlaps W, either order is right. If it is all zeroes and b has become
 //!   *data* under its hands (through W, which also holds the stripe shared, so
@@ -63,9 +71,10 @@
 //!
 //! A state is published only after the store has taken the bytes, so a block
 //! that could not be stored is what it was before. What the store did take of it
-//! is orphaned space: nobody can read it, and the next discard of the block gives it
-//! back. (Not the failed write itself: it holds the stripe shared,
-//! and another may be writing to the same block.)
+//! is orphaned space, which nobody can read, and is given back like that of a discard.
+//!
+//! What nobody asked for (a copy of the base, the freeing of a block that has become
+//! zeroes) never makes a request fail.
 
 mod extents;
 mod map;
