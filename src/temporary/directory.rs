@@ -49,11 +49,15 @@ impl Directory {
 
     /// Tries out the directory with this absolute path.
     fn try_out(path: PathBuf) -> io::Result<Self> {
+        // It is opened before anything else: scripts find the overlay of nbdkit's own
+        // filter as descriptor 3, the first that is free.
+        let spare = unnamed_file(&path)?;
+        // The one that is tried is another: an overlay is to be thrown away, and may be
+        // in a hundred thousand pieces. See `FileSystem::try_out`.
+        let file_system = FileSystem::try_out(&unnamed_file(&path)?)?;
         let directory = Directory {
-            file_system: FileSystem::try_out(&unnamed_file(&path)?)?,
-            // Not the one that was tried: an overlay is to be thrown away, and may be
-            // in a hundred thousand pieces. See `FileSystem::try_out`.
-            spare: Mutex::new(Some(unnamed_file(&path)?)),
+            file_system,
+            spare: Mutex::new(Some(spare)),
             path,
         };
         log::debug!("overlay directory: {directory:?}");

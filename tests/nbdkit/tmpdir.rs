@@ -177,6 +177,50 @@ fn the_overlay_is_private_and_has_no_name() {
     assert_eq!(names, 0, "an overlay with a name would stay after a crash");
 }
 
+/// nbdkit's own filter has it there, and scripts look for it.
+#[test]
+fn the_overlay_is_descriptor_3() {
+    let base = Base::new(&noise(6, 100_000));
+    let plugin = ["file", base.path()];
+    let directory = scratch();
+    // Whoever runs the tests may have given them a descriptor 3.
+    let setup = Setup::new()
+        .under(&["sh", "-c", "exec \"$@\" 3>&-", "sh"])
+        .tmpdir(directory.path());
+    let assert_overlay = |target: &Path| {
+        let target = target.to_str().unwrap();
+        let is_overlay = target.starts_with(directory.path().to_str().unwrap())
+            && target.ends_with(" (deleted)");
+        assert!(is_overlay, "descriptor 3 is {target}");
+    };
+    let write = "write -P 7 8192 4096";
+    let assert_served = |uri: &str, pid: u32| {
+        run(&["qemu-io", "-f", "raw", "-c", write, uri]);
+        let descriptor = format!("/proc/{pid}/fd/3");
+        assert_overlay(&fs::read_link(&descriptor).unwrap());
+        let content = fs::read(&descriptor).unwrap();
+        assert!(content[8192..12288] == [7; 4096], "{descriptor}");
+    };
+
+    let server = setup.start(&plugin);
+    assert_served(&server.uri(), server.pid());
+    let daemon = Daemon::start(&setup, &plugin, directory.path(), "/".as_ref());
+    assert_served(&daemon.uri(), daemon.pid());
+
+    let copies = scratch();
+    let copy = copies.path().join("copy");
+    let shell = format!(
+        "qemu-io -f raw -c '{write}' $uri >&2
+        readlink /proc/$PPID/fd/3
+        test -f /proc/$PPID/fd/3 && cat /proc/$PPID/fd/3 >{}",
+        copy.display()
+    );
+    let said = setup.run(&plugin, &shell);
+    assert_overlay(said.stdout.trim().as_ref());
+    let content = fs::read(&copy).unwrap();
+    assert!(content[8192..12288] == [7; 4096], "{}", said.stderr);
+}
+
 /// As a daemon, nbdkit changes to the root directory before the first client comes.
 #[test]
 fn a_relative_directory_is_that_of_the_start() {

@@ -31,6 +31,10 @@ impl Daemon {
         Daemon { pid, scratch }
     }
 
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     pub fn uri(&self) -> String {
         format!("nbd+unix:///?socket={}", socket(&self.scratch).display())
     }
