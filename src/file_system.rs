@@ -4,6 +4,12 @@
 //! will hold the data. A file system that can't hold a sparse file would have to
 //! be given as much space as the disk is large, and would fail in the middle of
 //! a client's work; better to say so at once.
+//!
+//! What a file says that it takes is not enough to refuse a file system:
+//!
+//! - Some give a file megabytes for its first byte (huge pages of tmpfs, `extsize` of
+//!   XFS, clusters of ext4 and NTFS), so that a short file has no hole. A long one has.
+//! - Some make the number up from the length (sshfs). Their free space does not fall.
 
 use std::fs::File;
 use std::io;
@@ -12,6 +18,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::statvfs::fstatvfs;
 
 use crate::block::BlockSize;
 use crate::sparse;
@@ -19,8 +26,11 @@ use crate::sparse;
 /// ext4 ends at 16 TiB with 4K blocks; half of it leaves room, and is few files
 /// even for the largest disk.
 const MAX_FILE: u64 = 8 << 40;
-/// The size of the file that is tried out. Where not even that fits, nothing does.
+/// The length of the file that is tried out. Where not even that fits, nothing does.
 const TRIAL: u64 = 4 << 20;
+/// Its length where the shorter one has no hole. It has one where a byte takes up to 64
+/// MiB, and a file system that stores holes as data has soon written it.
+const LONG_TRIAL: u64 = 256 << 20;
 
 /// The sizes between which the default block size lies. Below 4K the map grows
 /// and nothing gets faster; above 64K each small write costs too much.
@@ -35,7 +45,14 @@ pub struct FileSystem {
     pub largest_file: u64,
     pub can_punch: bool,
     pub can_zero_range: bool,
+    /// That holes take no space. Otherwise it can't be known: see [`NOT_KNOWN_SPARSE`].
+    pub known_sparse: bool,
 }
+
+/// What to tell the user of a file system that is not known to be sparse.
+pub const NOT_KNOWN_SPARSE: &str = "it can't be found out whether its file system \
+    stores holes as data, because that does not tell how much space is free; \
+    if it does, the overlay takes as much space as the disk is large";
 
 impl FileSystem {
     /// Tries out the file system of `file`, which is empty and of no other use: ext4,
@@ -44,8 +61,9 @@ impl FileSystem {
     pub fn try_out(file: &File) -> io::Result<Self> {
         let allowed = largest_allowed_file()?;
         file.write_all_at(&[1], 0)?;
-        expect_sparse(file)?;
+        let known_sparse = expect_sparse(file, allowed)?;
         Ok(FileSystem {
+            known_sparse,
             block: allocation_unit(file),
             can_punch: can_punch(file),
             can_zero_range: sparse::zero_range(file, 0, 4096).is_ok_and(|done| done),
@@ -63,22 +81,65 @@ impl FileSystem {
     }
 }
 
-/// Fails if a file of which two bytes were written takes more than half of its size.
-fn expect_sparse(file: &File) -> io::Result<()> {
-    file.set_len(TRIAL)?;
-    // Some file systems fill a hole only when something is written behind it.
-    file.write_all_at(&[1], TRIAL - 1)?;
-    let stored = file.metadata()?.blocks() * 512;
-    if stored > TRIAL / 2 {
-        return Err(io::Error::other(format!(
-            "its file system stores holes as data ({stored} bytes for an empty file of {TRIAL})"
-        )));
+/// What is asked of the file that is tried out. A trait, so that the judgement can be
+/// tested with the numbers of file systems that are not there.
+trait Trial {
+    /// Makes it `len` bytes long, and gives the bytes that it then takes.
+    fn lengthen(&self, len: u64) -> io::Result<u64>;
+
+    /// Bytes that are free in its file system, if that is known.
+    fn free(&self) -> Option<u64>;
+}
+
+impl Trial for File {
+    fn lengthen(&self, len: u64) -> io::Result<u64> {
+        self.set_len(len)?;
+        // Some file systems fill a hole only when something is written behind it.
+        self.write_all_at(&[1], len - 1)?;
+        Ok(self.metadata()?.blocks() * 512)
     }
-    Ok(())
+
+    fn free(&self) -> Option<u64> {
+        // A failure is an answer, too: it is not known.
+        let about = fstatvfs(self).ok().filter(|about| about.blocks() > 0)?;
+        Some(about.blocks_free().saturating_mul(about.fragment_size()))
+    }
+}
+
+/// Whether holes take no space, if that can be known. An error if they do take space.
+/// `allowed`: how long a file may be.
+fn expect_sparse(trial: &impl Trial, allowed: u64) -> io::Result<bool> {
+    let short = trial.lengthen(TRIAL)?;
+    if short <= TRIAL / 2 {
+        return Ok(true);
+    }
+    let free = trial.free();
+    let len = LONG_TRIAL.min(allowed);
+    let long = trial.lengthen(len).map_err(|e| {
+        io::Error::other(format!(
+            "its file system can't hold an empty file of {len} bytes ({e}): \
+             it stores holes as data, or is nearly full"
+        ))
+    })?;
+    // One byte was written.
+    let is_little = |taken: u64| taken < (len - TRIAL) / 2;
+    if is_little(long.saturating_sub(short)) {
+        return Ok(true);
+    }
+    let (Some(before), Some(after)) = (free, trial.free()) else {
+        return Ok(false);
+    };
+    if is_little(before.saturating_sub(after)) {
+        return Ok(true);
+    }
+    Err(io::Error::other(format!(
+        "its file system stores holes as data ({long} bytes for an empty file of {len})"
+    )))
 }
 
 /// FIGETBSZ of `<linux/fs.h>`: the block size by which the file system allocates.
-/// (`st_blksize` is what it likes to be read in, which may be much more.)
+/// (`st_blksize` is what it likes to be read in, which may be much more. Where it
+/// allocates many blocks at once, a write of one needs no read before it all the same.)
 fn allocation_unit(file: &File) -> u64 {
     const FIGETBSZ: libc::c_ulong = nix::request_code_none!(0, 2) as libc::c_ulong;
     let mut size: libc::c_int = 0;
@@ -125,6 +186,7 @@ fn largest_file(file: &File, allowed: u64) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
 
     #[test]
     fn a_good_file_system_is_found_fit() {
@@ -132,15 +194,117 @@ mod tests {
         let found = FileSystem::try_out(&file).expect("fit for overlays");
         assert!(found.largest_file.is_power_of_two());
         assert!(found.default_block_size().bytes() >= 4096);
+        assert!(found.known_sparse);
+    }
+
+    /// A file system by what it would answer.
+    struct Answers {
+        /// Bytes that a file of this length takes, of which a few were written.
+        stored: fn(u64) -> u64,
+        /// Bytes that are gone then.
+        gone: fn(u64) -> u64,
+        knows_free: bool,
+        space: u64,
+        len: Cell<u64>,
+        /// The longest that was tried.
+        tried: Cell<u64>,
+    }
+
+    const ALL: fn(u64) -> u64 = |len| len;
+    const NOTHING: fn(u64) -> u64 = |_| 0;
+
+    impl Answers {
+        fn new(stored: fn(u64) -> u64, gone: fn(u64) -> u64) -> Self {
+            Answers {
+                stored,
+                gone,
+                knows_free: true,
+                space: 1 << 30,
+                len: Cell::new(1),
+                tried: Cell::new(0),
+            }
+        }
+    }
+
+    impl Trial for Answers {
+        fn lengthen(&self, len: u64) -> io::Result<u64> {
+            self.tried.set(len);
+            if (self.gone)(len) > self.space {
+                return Err(Errno::ENOSPC.into());
+            }
+            self.len.set(len);
+            Ok((self.stored)(len))
+        }
+
+        fn free(&self) -> Option<u64> {
+            self.knows_free
+                .then(|| self.space - (self.gone)(self.len.get()))
+        }
     }
 
     #[test]
-    fn a_file_system_that_stores_holes_is_found_out() {
-        // No such file system can be made everywhere: a file that is full already
-        // looks the same.
-        let file = tempfile::tempfile().expect("a file");
-        file.write_all_at(&vec![7; 4 << 20], 0).expect("space");
-        let error = expect_sparse(&file).expect_err("stored as data");
+    fn a_file_with_a_hole_is_not_made_longer() {
+        let answers = Answers::new(|_| 8192, |_| 8192);
+        assert!(expect_sparse(&answers, u64::MAX).expect("sparse"));
+        assert_eq!(answers.tried.get(), TRIAL);
+    }
+
+    /// A byte at each end of the short file, and one at that of the long one.
+    #[test]
+    fn a_file_without_a_hole_is_made_longer() {
+        for stored in [
+            |len| if len > TRIAL { 6 << 20 } else { 4 << 20 },
+            |len| if len > TRIAL { 128 << 20 } else { 64 << 20 },
+        ] {
+            for knows_free in [true, false] {
+                let answers = Answers {
+                    knows_free,
+                    ..Answers::new(stored, stored)
+                };
+                assert!(expect_sparse(&answers, u64::MAX).expect("sparse"));
+                assert_eq!(answers.tried.get(), LONG_TRIAL);
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_said_to_take_its_length_is_judged_by_what_is_free() {
+        let answers = Answers::new(ALL, NOTHING);
+        assert!(expect_sparse(&answers, u64::MAX).expect("sparse"));
+        // Others write as well.
+        let answers = Answers::new(ALL, |len| len / 3);
+        assert!(expect_sparse(&answers, u64::MAX).expect("sparse"));
+
+        let answers = Answers::new(ALL, ALL);
+        let error = expect_sparse(&answers, u64::MAX).expect_err("stored as data");
         assert!(error.to_string().contains("stores holes as data"));
+
+        let answers = Answers {
+            knows_free: false,
+            ..answers
+        };
+        assert!(!expect_sparse(&answers, u64::MAX).expect("not known"));
+    }
+
+    #[test]
+    fn a_file_system_that_holes_fill_up_is_refused() {
+        let answers = Answers {
+            space: 100 << 20,
+            ..Answers::new(ALL, ALL)
+        };
+        let error = expect_sparse(&answers, u64::MAX).expect_err("full");
+        for words in ["No space left", "stores holes as data", "nearly full"] {
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+
+    /// Else the process would end by SIGXFSZ.
+    #[test]
+    fn no_file_is_made_longer_than_is_allowed() {
+        for allowed in [TRIAL, TRIAL + 1, 100 << 20] {
+            let answers = Answers::new(ALL, ALL);
+            expect_sparse(&answers, allowed).expect_err("stored as data");
+            assert_eq!(answers.tried.get(), allowed);
+        }
     }
 }

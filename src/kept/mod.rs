@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
-use crate::file_system::FileSystem;
+use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
 use crate::overlay::{Overlay, Reclaim};
 use crate::qcow2::header::Header;
 use crate::qcow2::image::Image;
@@ -126,6 +126,12 @@ impl Kept {
         };
         self.recorded_name(backing)?;
         let file_system = self.path.try_file_system()?;
+        if !file_system.known_sparse {
+            log::warn!(
+                "cow-overlay={}: {NOT_KNOWN_SPARSE}",
+                self.path.path().display()
+            );
+        }
         if let Backing::File(path) = backing {
             // It has to have the size of the export.
             let layout = Layout::new(self.size_of(path)?, self.block_size_on(&file_system))?;

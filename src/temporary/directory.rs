@@ -8,7 +8,7 @@ use std::path::{self, Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::file_system::FileSystem;
+use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
 use crate::sparse;
 
 /// A directory that was found fit to hold overlays.
@@ -29,7 +29,15 @@ impl Directory {
         let path = env::var_os("TMPDIR")
             .filter(|path| !path.is_empty())
             .map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
-        Self::open(&path)
+        let directory = Self::open(&path)?;
+        if !directory.file_system.known_sparse {
+            log::warn!(
+                "the overlay is kept in the directory {}, but {NOT_KNOWN_SPARSE} \
+                 (set TMPDIR to one that can hold a sparse file)",
+                path.display()
+            );
+        }
+        Ok(directory)
     }
 
     /// Tries `path` out. The error names it, and says what TMPDIR is for.

@@ -1,6 +1,7 @@
 //! Overlays on the file systems that people have, each with its own idea of
 //! holes, of punching them and of zeroing a range.
 
+use crate::harness::command::{LIMIT, eventually};
 use crate::harness::mount::Mount;
 use crate::harness::{Base, Server, Setup, noise};
 
@@ -101,6 +102,98 @@ fn what_is_thrown_away_is_not_written_to_the_disk() {
             mount.bytes_written() - before < 4 << 20
         };
         assert!((0..8).any(|_| is_kept_back()), "{kind} wrote the overlay");
+    }
+}
+
+/// They give a file megabytes for one byte, so that a short file with a byte at each end
+/// has no hole. An overlay has.
+fn is_accepted(mount: &Mount) {
+    let before = mount.bytes_taken();
+    let base = Base::sparse(1 << 30, &[(0, &noise(4, 1000))]);
+    let server = serve(mount, &base, &[]);
+    // XFS gives the space of a deleted file back a moment later. Its inode stays.
+    let given_back = || mount.bytes_taken() < before + (1 << 20);
+    assert!(eventually(LIMIT, given_back), "the trial took space");
+    server.nbdsh(
+        r#"
+        assert h.get_block_size(nbd.SIZE_PREFERRED) == 4096
+        h.pwrite(noise(5000, 1), 700 * M)
+        same(h.pread(5000, 700 * M), noise(5000, 1))
+        "#,
+    );
+    let taken = server.overlay_bytes();
+    assert!(
+        (5000..=32 << 20).contains(&taken),
+        "{taken} bytes hold 5000"
+    );
+    server.stop();
+    random_requests_agree_with_models(mount);
+}
+
+#[test]
+fn a_tmpfs_of_huge_pages_is_accepted() {
+    is_accepted(&Mount::of_large_units("huge"));
+}
+
+#[test]
+fn a_tmpfs_of_huge_pages_within_a_file_is_accepted() {
+    is_accepted(&Mount::of_large_units("huge within size"));
+}
+
+#[test]
+fn an_xfs_with_an_extent_size_is_accepted() {
+    is_accepted(&Mount::of_large_units("extsize"));
+}
+
+#[test]
+fn an_ext4_of_large_clusters_is_accepted() {
+    is_accepted(&Mount::of_large_units("bigalloc"));
+}
+
+/// As sshfs: it has nothing but the length to tell from.
+#[test]
+fn one_that_makes_up_what_a_file_takes_is_judged_by_its_free_space() {
+    let mount = Mount::fuse("length", 1 << 30);
+    let base = Base::new(&noise(5, 500_000));
+    let server = serve(&mount, &base, &[]);
+    server.nbdsh("h.pwrite(noise(5000, 1), 300_000); same(h.pread(5000, 300_000), noise(5000, 1))");
+    let said = server.stop_and_tell();
+    assert!(!said.contains("warning"), "{said}");
+    random_requests_agree_with_models(&mount);
+}
+
+#[test]
+fn one_that_tells_nothing_about_space_is_served_with_a_warning() {
+    let mount = Mount::fuse("unknown", 1 << 30);
+    let base = Base::new(&noise(6, 500_000));
+    let said = serve(&mount, &base, &[]).stop_and_tell();
+    for word in [
+        "warning",
+        mount.path().to_str().unwrap(),
+        "how much space is free",
+        "TMPDIR",
+    ] {
+        assert!(said.contains(word), "{word:?} in {said:?}");
+    }
+}
+
+/// As exFAT and FAT.
+#[test]
+fn one_that_stores_holes_is_refused_and_left_as_it_was() {
+    for (size, reason) in [
+        (1 << 30, "stores holes as data (268435456 bytes"),
+        (100 << 20, "No space left on device"),
+    ] {
+        let mount = Mount::fuse("data", size);
+        let error = Setup::new()
+            .tmpdir(mount.path())
+            .error(&["null", "size=1M"]);
+        for word in [mount.path().to_str().unwrap(), reason, "TMPDIR"] {
+            assert!(error.contains(word), "{word:?} in {error:?}");
+        }
+        // What is deleted while it is open goes away a moment after it is closed.
+        let given_back = || mount.bytes_taken() == 0;
+        assert!(eventually(LIMIT, given_back), "the trial took space");
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::command::{self, Outcome, command, eventually, outcome, run, spawn};
+use super::python;
 
 /// Two `mount -o loop` at once can be given the same free loop device, and one of them fails.
 static LOOP_DEVICES: Mutex<()> = Mutex::new(());
@@ -17,24 +18,51 @@ static LOOP_DEVICES: Mutex<()> = Mutex::new(());
 /// A mounted file system. What uses it must be dropped before it.
 pub struct Mount {
     point: PathBuf,
+    /// Of a file system in user space; it ends when that is unmounted.
+    server: Option<Child>,
     _scratch: TempDir,
 }
 
 impl Mount {
     pub fn tmpfs(size: &str) -> Mount {
-        Mount::of("tmpfs", &["-t", "tmpfs", "-o", &format!("size={size}")])
+        Mount::tmpfs_with(&format!("size={size}"))
+    }
+
+    fn tmpfs_with(options: &str) -> Mount {
+        Mount::of("tmpfs", &["-t", "tmpfs", "-o", options])
+    }
+
+    /// A file system that gives a file 2 to 16 MiB for its first byte: "huge",
+    /// "huge within size", "extsize", "bigalloc".
+    pub fn of_large_units(kind: &str) -> Mount {
+        match kind {
+            "huge" => Mount::tmpfs_with("size=96M,huge=always"),
+            "huge within size" => Mount::tmpfs_with("size=96M,huge=within_size"),
+            "extsize" => {
+                let mount = Mount::formatted("xfs");
+                // New files inherit it.
+                let point = mount.point.to_str().expect("a path of our own making");
+                run(&["xfs_io", "-c", "extsize 16m", point]);
+                mount
+            }
+            _ => Mount::formatted(kind),
+        }
     }
 
     pub fn ramfs() -> Mount {
         Mount::of("ramfs", &["-t", "ramfs"])
     }
 
-    /// A fresh file system in a file: "ext4", "ext3", "xfs", "btrfs".
+    /// A fresh file system in a file: "ext4", "bigalloc" (ext4), "ext3", "xfs", "btrfs".
     pub fn formatted(kind: &str) -> Mount {
         let scratch = super::scratch();
         let image = scratch.path().join("image");
         let (mkfs, megabytes): (&[&str], u64) = match kind {
             "ext4" => (&["mkfs.ext4", "-q", "-F"], 48),
+            "bigalloc" => (
+                &["mkfs.ext4", "-q", "-F", "-O", "bigalloc", "-C", "4194304"],
+                320,
+            ),
             "ext3" => (&["mkfs.ext3", "-q", "-F"], 48),
             // mkfs.xfs makes nothing under 300 MB.
             "xfs" => (&["mkfs.xfs", "-q"], 320),
@@ -78,8 +106,38 @@ impl Mount {
         assert!(mounted(&point), "{point:?} is not a mount");
         Mount {
             point,
+            server: None,
             _scratch: scratch,
         }
+    }
+
+    /// A file system in user space, of so many bytes: "length", "unknown" or "data". See
+    /// `fuse.py`.
+    pub fn fuse(kind: &str, size: u64) -> Mount {
+        let scratch = super::scratch();
+        let point = scratch.path().join("mnt");
+        fs::create_dir(&point).expect("a mount point");
+        let script = ["-c", include_str!("fuse.py")];
+        let mut python = command(python::interpreter());
+        let mut server = spawn(
+            python
+                .args(script)
+                .arg(&point)
+                .args([kind, &size.to_string()]),
+        );
+        let ready = eventually(command::LIMIT, || {
+            if let Ok(Some(status)) = server.try_wait() {
+                panic!("fuse.py ended at once: {status}");
+            }
+            mounted(&point)
+        });
+        let mount = Mount {
+            point,
+            server: Some(server),
+            _scratch: scratch,
+        };
+        assert!(ready, "fuse.py does not mount {kind:?}");
+        mount
     }
 
     pub fn path(&self) -> &Path {
@@ -88,6 +146,17 @@ impl Mount {
 
     pub fn make_read_only(&self) {
         command::success(command("mount").args(["-o", "remount,ro"]).arg(&self.point));
+    }
+
+    /// How many bytes its files take, and the file system itself.
+    pub fn bytes_taken(&self) -> u64 {
+        let point = self.point.to_str().expect("a path of our own making");
+        let said = run(&["stat", "-f", "-c", "%b %f %S", point]);
+        let numbers: Vec<u64> = said
+            .split_whitespace()
+            .map(|number| number.parse().expect("a number"))
+            .collect();
+        (numbers[0] - numbers[1]) * numbers[2]
     }
 
     /// Takes space until no more than about this many bytes are left.
@@ -141,6 +210,17 @@ impl Drop for Mount {
             // Detached, it ends when its last user does.
             unmount(&["umount", "-l"], &self.point);
         }
+        if let Some(server) = &mut self.server {
+            end(server);
+        }
+    }
+}
+
+/// What serves a file system ends by itself when that is unmounted.
+fn end(server: &mut Child) {
+    if command::wait(server, Duration::from_secs(10)).is_none() {
+        command::kill_group(server);
+        let _ = server.wait();
     }
 }
 
@@ -195,10 +275,7 @@ impl Drop for NbdFuse {
         if mounted(&self.point) && !unmount(&["fusermount3", "-u"], &self.point) {
             unmount(&["fusermount3", "-u", "-z"], &self.point);
         }
-        if command::wait(&mut self.child, Duration::from_secs(10)).is_none() {
-            command::kill_group(&mut self.child);
-            let _ = self.child.wait();
-        }
+        end(&mut self.child);
     }
 }
 

@@ -33,7 +33,7 @@ pub fn script(scratch: &Path, socket: &Path, first: &str, code: &str, args: &[&s
     python
 }
 
-fn interpreter() -> &'static str {
+pub fn interpreter() -> &'static str {
     static FOUND: OnceLock<&str> = OnceLock::new();
     FOUND.get_or_init(|| {
         let has_libnbd = |python: &&str| {

@@ -6,8 +6,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use super::small::{SIZE, base, expected, read_by_qemu, serve, write_through};
 use super::{Seal, assert_refused, assert_says, check, text, wait_until_unlocked};
 use crate::harness::command::{command, outcome};
+use crate::harness::mount::Mount;
 use crate::harness::setup::library;
-use crate::harness::{Server, Setup, noise, run, run_in, scratch};
+use crate::harness::{Base, Server, Setup, noise, run, run_in, scratch};
 
 #[test]
 fn a_new_image_is_private_whatever_the_umask() {
@@ -153,6 +154,63 @@ fn a_file_that_came_meanwhile_is_left_alone() {
     write_through(&server.uri());
     server.stop();
     assert!(read_by_qemu(directory, "diff.qcow2") == expected());
+}
+
+/// Where a byte takes megabytes, a short file has no hole; an image has.
+#[test]
+fn a_file_system_that_allocates_in_large_units_is_accepted() {
+    for kind in ["huge", "huge within size", "extsize", "bigalloc"] {
+        let base = Base::sparse(SIZE as u64 + (1 << 30), &[(0, &noise(1, SIZE))]);
+        let mount = Mount::of_large_units(kind);
+        let overlay = mount.path().join("diff.qcow2");
+        // The second one goes on with the image of the first.
+        for fill in [3, 7] {
+            let server = serve(base.path(), text(&overlay));
+            let write = format!("write -P {fill} 100000 5000");
+            run(&[
+                "qemu-io",
+                "-f",
+                "raw",
+                "-c",
+                &write,
+                "-c",
+                "flush",
+                &server.uri(),
+            ]);
+            server.stop();
+        }
+        check(&overlay);
+        let read = "read -P 7 100000 5000";
+        run(&["qemu-io", "-f", "qcow2", "-r", "-c", read, text(&overlay)]);
+        let taken = fs::metadata(&overlay).unwrap().blocks() * 512;
+        assert!(
+            taken < 96 << 20,
+            "{kind}: {taken} bytes for a write of 5000"
+        );
+    }
+}
+
+#[test]
+fn an_image_is_not_made_where_holes_are_stored_and_a_doubt_is_told() {
+    let base = base();
+    for size in [1 << 30, 100 << 20] {
+        let mount = Mount::fuse("data", size);
+        let overlay = mount.path().join("diff.qcow2");
+        let kept = format!("cow-overlay={}", text(&overlay));
+        let error = Setup::new().error(&["file", base.path(), &kept]);
+        assert_says(&error, &[text(&overlay), "stores holes as data"]);
+        assert_eq!(fs::read_dir(mount.path()).unwrap().count(), 0);
+    }
+    let mount = Mount::fuse("unknown", 1 << 30);
+    let overlay = mount.path().join("diff.qcow2");
+    let server = serve(base.path(), text(&overlay));
+    write_through(&server.uri());
+    let said = server.stop_and_tell();
+    assert_says(
+        &said,
+        &["warning", text(&overlay), "how much space is free"],
+    );
+    check(&overlay);
 }
 
 /// nbdkit becomes another user after it has opened an image, and before it makes one.
