@@ -1,6 +1,6 @@
 //! Where an image is, or is to be: its path, its directory, and the lock on it.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -32,6 +32,25 @@ impl ImagePath {
     pub fn directory(&self) -> &Path {
         // Absolute, so there is one, except for "/", which is no regular file.
         self.path().parent().unwrap_or(Path::new("/"))
+    }
+
+    pub fn open(&self) -> Result<File> {
+        File::options()
+            .read(true)
+            .write(true)
+            .open(self.path())
+            .map_err(|e| self.failed(e, "opening"))
+    }
+
+    /// Whether who opens the path gets `file`.
+    pub fn leads_to(&self, file: &File) -> Result<bool> {
+        let identity = |about: Metadata| (about.dev(), about.ino());
+        let [named, opened] = [fs::metadata(self.path()), file.metadata()].map(|about| {
+            about
+                .map(identity)
+                .map_err(|e| self.failed(e, "looking at"))
+        });
+        Ok(named? == opened?)
     }
 
     /// Locks `file` as QEMU does, so that no other program writes to it.

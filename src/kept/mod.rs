@@ -66,10 +66,10 @@ impl Kept {
             reclaim: wanted.reclaim,
             overlay: Mutex::default(),
         };
-        match File::options().read(true).write(true).open(&wanted.path) {
+        match kept.path.open() {
             Ok(file) => kept.overlay = Mutex::new(Some(kept.resume(file)?)),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => kept.expect_makeable()?,
-            Err(e) => return Err(kept.path.failed(e, "opening")),
+            Err(e) if e.errno() == libc::ENOENT => kept.expect_makeable()?,
+            Err(e) => return Err(e),
         }
         Ok(kept)
     }
@@ -248,6 +248,13 @@ impl Kept {
             "cow-overlay={}: made for a disk of {size} bytes in blocks of {block_size}",
             self.path.path().display()
         );
+        if !self.path.leads_to(image.file())? {
+            // Some FUSE file systems (sshfs) take what has got a second name for another
+            // file. The one that is open has then lost its only name, and a lock on it
+            // would keep nobody out.
+            drop(image);
+            return self.resume(self.path.open()?);
+        }
         let store = KeptStore::new(image, file_system.can_zero_range);
         Ok(Overlay::new(size, block_size, store).join(&self.reclaim))
     }

@@ -190,6 +190,27 @@ fn a_file_system_that_allocates_in_large_units_is_accepted() {
     }
 }
 
+/// As on sshfs, where the file that is open has lost its name when it gets that of the
+/// image.
+#[test]
+fn an_image_is_kept_where_a_second_name_makes_another_file() {
+    let base = base();
+    let mount = Mount::fuse("length", 1 << 30);
+    let overlay = mount.path().join("diff.qcow2");
+    let server = serve(base.path(), text(&overlay));
+    // Not flushed by the client.
+    write_through(&server.uri());
+    let kept = format!("cow-overlay={}", text(&overlay));
+    let error = Setup::new().error(&["file", base.path(), &kept]);
+    assert_says(&error, &[text(&overlay), "in use by another program"]);
+    let said = server.stop_and_tell();
+    assert!(!said.contains("error"), "{said}");
+    check(&overlay);
+    assert!(read_by_qemu(base.directory(), text(&overlay)) == expected());
+    let left = fs::read_dir(mount.path()).unwrap().count();
+    assert_eq!(left, 1);
+}
+
 #[test]
 fn an_image_is_not_made_where_holes_are_stored_and_a_doubt_is_told() {
     let base = base();
