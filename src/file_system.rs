@@ -66,7 +66,7 @@ impl FileSystem {
             known_sparse,
             block: allocation_unit(file),
             can_punch: can_punch(file),
-            can_zero_range: sparse::zero_range(file, 0, 4096).is_ok_and(|done| done),
+            can_zero_range: can_zero_range(file),
             largest_file: largest_file(file, allowed)?,
         })
     }
@@ -159,6 +159,11 @@ fn can_punch(file: &File) -> bool {
     sparse::punch(file, 0, 1 << 20).is_ok_and(|done| done)
         && file.read_exact_at(&mut byte, 0).is_ok()
         && byte == [0]
+}
+
+/// Whether zeroes can be stored without writing them. `file` is of no other use.
+pub fn can_zero_range(file: &File) -> bool {
+    sparse::zero_range(file, 0, 4096).is_ok_and(|done| done)
 }
 
 /// How large a file this process may make. Beyond the limit of `ulimit -f` the

@@ -8,7 +8,7 @@ use std::path::Path;
 use nix::sys::resource::{Resource, getrlimit};
 
 use crate::error::{Error, Result};
-use crate::file_system::FileSystem;
+use crate::file_system::{FileSystem, can_zero_range};
 use crate::overlay_file::OverlayFile;
 use crate::qcow2::layout::Layout;
 use crate::qcow2::lock::lock_for_writing;
@@ -89,6 +89,13 @@ impl ImagePath {
                 let directory = self.directory().display();
                 self.failed(e, &format!("making a sparse file in {directory} for"))
             })
+    }
+
+    /// Whether the file system of the image can store zeroes without writing them.
+    /// Nothing else of it is tried, so that an image can be served where none would be
+    /// made (it is full, say).
+    pub fn can_zero_range(&self) -> bool {
+        tempfile::tempfile_in(self.directory()).is_ok_and(|file| can_zero_range(&file))
     }
 
     /// Beyond the limit of `ulimit -f` the system does not answer a write with an

@@ -95,13 +95,7 @@ impl Kept {
         }
         self.check_backing(&header)?;
         self.path.expect_allowed(layout)?;
-        // That the file system can't be tried (it is full, say) does not stop us from
-        // serving what is there. Zeroes are then written.
-        let can_zero_range = self
-            .path
-            .try_file_system()
-            .is_ok_and(|found| found.can_zero_range);
-        let overlay = resume(image, can_zero_range)?;
+        let overlay = resume(image, self.path.can_zero_range())?;
         log::debug!(
             "cow-overlay={}: goes on with a disk of {} bytes in blocks of {}",
             self.path.path().display(),
