@@ -155,7 +155,7 @@ fn a_client_that_does_not_heed_the_minimum_is_served_all_the_same() {
             data = noise(length, start)
             h.pwrite(data, start)
             content[start:start + length] = data
-        h.trim(9_000, 200_000)
+        h.zero(9_000, 200_000)
         content[200_000:209_000] = bytes(9_000)
         same(read(h, step=256 * K), content)
         "#,

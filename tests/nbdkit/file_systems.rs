@@ -35,6 +35,8 @@ fn space_comes_back(mount: &Mount) {
         // All but the first and the last megabyte, and not at the border of a block.
         let clear = format!("{clear}(6 * M - 200, M + 100)");
         server.nbdsh(&clear);
+        // It is given back after the request was answered.
+        eventually(LIMIT, || server.overlay_bytes() < 3 << 20);
         let left = server.overlay_bytes();
         assert!(
             (2 << 20..3 << 20).contains(&left),

@@ -65,7 +65,7 @@ impl Stuck {
                 buffer = nbd.Buffer.from_bytearray(bytearray(noise(512, number)))
                 [lambda: c.aio_pread(nbd.Buffer(4096), start),
                  lambda: c.aio_pwrite(buffer, start + 1000),
-                 lambda: c.aio_trim(512, start + 2000),
+                 lambda: c.aio_zero(512, start + 2000),
                  lambda: c.aio_cache(512, start)][number % 4]()
             connections[0].poll(-1)
             os._exit(0)

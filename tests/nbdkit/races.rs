@@ -134,7 +134,9 @@ fn no_acknowledged_zero_or_trim_is_lost_beside_fills() {
             for turn in range(4):
                 c = r.choice(connections)
                 if turn == 1:
-                    change = r.choice([c.aio_zero, c.aio_trim])
+                    # A trim of a part of a block may do nothing.
+                    changes = [c.aio_zero, c.aio_trim] if length == 64 * K else [c.aio_zero]
+                    change = r.choice(changes)
                     flight.add(c, change(length, start))
                 elif turn == 2:
                     flight.add(c, c.aio_cache(512, start + 32 * K))

@@ -77,6 +77,19 @@ def read(connection, offset=0, length=None, step=3 * M + 511):
     return found
 
 
+def check_trimmed(connection, found, old, offset):
+    """Whole blocks read as zeroes after a trim; each byte of a part is old or zero."""
+    block = connection.get_block_size(nbd.SIZE_PREFERRED)
+    end = offset + len(old)
+    first = -(-offset // block) * block
+    last = end if end == connection.get_size() else end // block * block
+    first, last = (first, last) if first < last else (end, end)
+    same(found[first - offset:last - offset], bytes(last - first), first)
+    for part in [slice(0, first - offset), slice(last - offset, None)]:
+        wrong = [i for i, (now, then) in enumerate(zip(found[part], old[part])) if now not in (0, then)]
+        assert not wrong, f"byte {wrong[0]} of a trimmed part of a block at {offset}"
+
+
 KINDS = {0: "data", 1: "hole", 2: "zero", 3: "hole,zero"}
 
 
@@ -225,7 +238,7 @@ class Model:
                 self.zero(c, start, end)
             elif kind == "trim":
                 c.trim(count, at)
-                self.content[start:end] = bytes(count)
+                self.trimmed(c, c.pread(count, at), start, end)
             elif kind == "cache":
                 c.cache(count, at)
             elif kind == "flush":
@@ -243,6 +256,10 @@ class Model:
             self.content[start:end] = bytes(end - start)
         except nbd.Error as error:
             assert flags & FAST and flags & NO_HOLE and error.errno == "ENOTSUP", error
+
+    def trimmed(self, c, found, start, end):
+        check_trimmed(c, found, self.content[start:end], self.offset + start)
+        self.content[start:end] = found
 
     def fly(self, flight, steps):
         """As `run`, but with one request in flight when this returns."""
@@ -268,7 +285,11 @@ class Model:
         elif kind == "zero":
             flight.add(c, c.aio_zero(count, at), lambda: landed(bytes(count)))
         elif kind == "trim":
-            flight.add(c, c.aio_trim(count, at), lambda: landed(bytes(count)))
+            def look(found):
+                self.trimmed(c, found, start, end)
+                self.fly(flight, steps - 1)
+
+            flight.add(c, c.aio_trim(count, at), lambda: flight.read(c, count, at, look))
         elif kind == "cache":
             flight.add(c, c.aio_cache(count, at), landed)
         elif kind == "flush":

@@ -100,20 +100,25 @@ class Disk:
 
     def trim(self, start, end, flags=0):
         self.h.trim(end - start, start, flags)
-        self.cleared(start, end, False)
+        self.cleared(start, end, False, is_trim=True)
 
-    def cleared(self, start, end, keeps_space):
-        self.clear(start, end)
+    def cleared(self, start, end, keeps_space, is_trim=False):
         touched, (first, last) = self.touched(start, end), self.whole(start, end)
+        if first < last:
+            self.clear(first * self.block, min(last * self.block, self.size))
         self.set(first, last, "data" if keeps_space else "zero")
         # At most two blocks have bytes before or after the range.
         for block in {touched[0], touched[-1]}:
-            if first <= block < last:
+            # A trim of a part of a block must not take space.
+            if first <= block < last or is_trim and self.state(block) == "base":
                 continue
+            self.clear(max(start, block * self.block), min(end, (block + 1) * self.block))
             if keeps_space:
                 self.set(block, block + 1, "data")
-            else:
+            elif any(self.bytes(block * self.block, self.block)):
                 self.stored(block)
+            else:
+                self.set(block, block + 1, "zero")
 
     def read(self, start, end):
         same(self.h.pread(end - start, start), self.bytes(start, end - start), start)
