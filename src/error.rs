@@ -24,6 +24,7 @@ struct Failure {
     tried: Cow<'static, str>,
     source: Option<io::Error>,
     reported: bool,
+    refuses_fast_zero: bool,
 }
 
 /// What every fallible function of the crate returns.
@@ -38,6 +39,7 @@ impl Error {
             tried: tried.into(),
             source: None,
             reported: false,
+            refuses_fast_zero: false,
         }))
     }
 
@@ -57,6 +59,15 @@ impl Error {
         error
     }
 
+    /// ENOTSUP: zeroes that would have to be written, where the client wants to be told of
+    /// that instead, and nothing has changed.
+    #[cold]
+    pub fn not_fast(tried: impl Into<Cow<'static, str>>) -> Self {
+        let mut error = Error::new(libc::ENOTSUP, tried);
+        error.0.refuses_fast_zero = true;
+        error
+    }
+
     /// Memory that could not be had; `what` names what it was for.
     pub fn no_memory(what: impl Into<Cow<'static, str>>) -> Self {
         Error::new(libc::ENOMEM, what)
@@ -67,28 +78,6 @@ impl Error {
         self.0.errno
     }
 
-    /// The errno to give to nbdkit. NBD has few error codes, and nbdkit makes EINVAL
-    /// of all other errnos, which tells the client that its request was wrong. What
-    /// the overlay's file system can say beside them (EMFILE, EACCES, ...) is no
-    /// fault of the client's: EIO. What the layer below said passes as it is.
-    pub fn client_errno(&self) -> i32 {
-        match self.0.errno {
-            errno if self.0.reported => errno,
-            libc::EPERM
-            | libc::EROFS
-            | libc::EIO
-            | libc::ENOMEM
-            | libc::EINVAL
-            | libc::ENOSPC
-            | libc::EDQUOT
-            | libc::EFBIG
-            | libc::EOVERFLOW
-            | libc::ENOTSUP
-            | libc::ESHUTDOWN => self.0.errno,
-            _ => libc::EIO,
-        }
-    }
-
     /// Whether it says that there is no space.
     pub fn is_full(&self) -> bool {
         matches!(self.0.errno, libc::ENOSPC | libc::EDQUOT)
@@ -97,6 +86,12 @@ impl Error {
     /// Whether the layer below has already written its own message.
     pub fn is_reported(&self) -> bool {
         self.0.reported
+    }
+
+    /// Whether this was made by [`Error::not_fast`]. A system call or the layer below can
+    /// fail with the same errno, and means something else.
+    pub fn refuses_fast_zero(&self) -> bool {
+        self.0.refuses_fast_zero
     }
 }
 
@@ -161,16 +156,16 @@ mod tests {
     }
 
     #[test]
-    fn the_client_is_not_blamed_for_what_the_system_lacks() {
-        for (errno, told) in [
-            (libc::EMFILE, libc::EIO),
-            (libc::EACCES, libc::EIO),
-            (libc::ENOSPC, libc::ENOSPC),
-            (libc::EINVAL, libc::EINVAL),
-            (libc::ENOTSUP, libc::ENOTSUP),
+    fn only_our_own_refusal_of_a_fast_zero_is_one() {
+        let error = Error::not_fast("x");
+        assert_eq!(error.errno(), libc::ENOTSUP);
+        assert!(error.refuses_fast_zero());
+        for error in [
+            Error::new(libc::ENOTSUP, "x"),
+            Error::from_below(libc::ENOTSUP, "x"),
+            Error::io(io::Error::from_raw_os_error(libc::ENOTSUP), "x"),
         ] {
-            assert_eq!(Error::new(errno, "x").client_errno(), told);
-            assert_eq!(Error::from_below(errno, "x").client_errno(), errno);
+            assert!(!error.refuses_fast_zero(), "{error:?}");
         }
     }
 

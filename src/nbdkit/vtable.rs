@@ -9,8 +9,9 @@ use std::ptr;
 use std::slice;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::guard::{self, Answers};
 use super::next::{self, Capabilities, Next};
-use super::{extents, guard, log, sys};
+use super::{extents, log, sys};
 use crate::error::{Error, Result};
 use crate::filter::config::{self, Config};
 use crate::filter::{Connection, Filter};
@@ -70,11 +71,12 @@ fn below(answer: c_int, tried: &'static str) -> Result<c_int> {
 ///
 /// - `plain` ones get what nbdkit passes, and say what a failure returns;
 /// - a `query` gets the connection that its handle stands for, and returns -1;
-/// - a `request` gets the connection and the layer below, sets `*err`, and returns -1.
+/// - a `request` gets the connection and the layer below, says which errnos it may
+///   answer, sets `*err` to one of them, and returns -1.
 macro_rules! callback {
     (plain $name:ident($($arg:ident: $type:ty),*) -> $return:ty, or $failure:expr, $body:block) => {
         unsafe extern "C" fn $name($($arg: $type),*) -> $return {
-            guard::outcome(log::error, || -> Result<$return> { $body }).unwrap_or($failure)
+            guard::value(log::error, || -> Result<$return> { $body }).unwrap_or($failure)
         }
     };
     (query $name:ident($ready:ident $(, $arg:ident: $type:ty)*) -> $return:ty, $body:block) => {
@@ -88,28 +90,29 @@ macro_rules! callback {
             }
         }
     };
-    (request $name:ident($connection:ident, $base:ident $(, $arg:ident: $type:ty)*), $body:block) => {
+    (
+        request $name:ident($connection:ident, $base:ident $(, $arg:ident: $type:ty)*),
+        may answer $answers:expr, $body:block
+    ) => {
         unsafe extern "C" fn $name(
             next: *mut sys::nbdkit_next,
             handle: *mut c_void,
             $($arg: $type,)*
             err: *mut c_int,
         ) -> c_int {
-            let done = guard::outcome(log::error, || -> Result<()> {
+            let errno = guard::request($answers, log::error, || -> Result<()> {
                 // SAFETY: as for a query.
                 let Ready { connection: $connection, below } = unsafe { ready(handle) }?;
                 // SAFETY: `next` is the one of this callback, and goes no further.
                 let $base = &unsafe { Next::new(next) }.with(below);
                 $body
             });
-            match done {
-                Ok(()) => 0,
-                Err(errno) => {
-                    // SAFETY: nbdkit passes a place for the errno.
-                    unsafe { *err = errno };
-                    -1
-                }
+            if errno == 0 {
+                return 0;
             }
+            // SAFETY: nbdkit passes a place for the errno.
+            unsafe { *err = errno };
+            -1
         }
     };
 }
@@ -272,7 +275,7 @@ callback! { query can_cache(_ready) -> c_int, { Ok(sys::NBDKIT_CACHE_NATIVE) } }
 
 callback! { request pread(
     connection, base, buf: *mut c_void, count: u32, offset: u64, _flags: u32
-), {
+), may answer Answers::READ, {
     // SAFETY: nbdkit passes a buffer of `count` bytes, for this request alone.
     let buf = unsafe { slice::from_raw_parts_mut(buf.cast::<u8>(), count as usize) };
     connection.read(base, buf, offset)
@@ -288,21 +291,33 @@ fn fua(flags: u32) -> bool {
 
 callback! { request pwrite(
     connection, base, buf: *const c_void, count: u32, offset: u64, flags: u32
-), {
+), may answer Answers::CHANGE, {
     // SAFETY: nbdkit passes a buffer of `count` bytes, which nobody changes.
     let buf = unsafe { slice::from_raw_parts(buf.cast::<u8>(), count as usize) };
     connection.write(base, buf, offset, fua(flags))
 } }
 
-callback! { request flush(connection, _base, _flags: u32), {
+callback! { request flush(connection, _base, _flags: u32), may answer Answers::CHANGE, {
     connection.flush()
 } }
 
-callback! { request trim(connection, base, count: u32, offset: u64, flags: u32), {
+callback! { request trim(
+    connection, base, count: u32, offset: u64, flags: u32
+), may answer Answers::CHANGE, {
     connection.zero(base, offset, count.into(), Zeroing::Trim, fua(flags))
 } }
 
-callback! { request zero(connection, base, count: u32, offset: u64, flags: u32), {
+fn zero_answers(flags: u32) -> Answers {
+    if has(flags, sys::NBDKIT_FLAG_FAST_ZERO) {
+        Answers::FAST_ZERO
+    } else {
+        Answers::CHANGE
+    }
+}
+
+callback! { request zero(
+    connection, base, count: u32, offset: u64, flags: u32
+), may answer zero_answers(flags), {
     let how = Zeroing::Zero {
         may_trim: has(flags, sys::NBDKIT_FLAG_MAY_TRIM),
         fast: has(flags, sys::NBDKIT_FLAG_FAST_ZERO),
@@ -312,14 +327,16 @@ callback! { request zero(connection, base, count: u32, offset: u64, flags: u32),
 
 callback! { request get_extents(
     connection, base, count: u32, offset: u64, flags: u32, list: *mut sys::nbdkit_extents
-), {
+), may answer Answers::READ, {
     let only_first = has(flags, sys::NBDKIT_FLAG_REQ_ONE);
     let found = connection.extents(base, offset, count.into(), only_first)?;
     // SAFETY: `list` is the one of this request.
     unsafe { extents::add(list, &found) }
 } }
 
-callback! { request cache(connection, base, count: u32, offset: u64, _flags: u32), {
+callback! { request cache(
+    connection, base, count: u32, offset: u64, _flags: u32
+), may answer Answers::READ, {
     connection.cache(base, offset, count.into())
 } }
 

@@ -64,15 +64,13 @@ impl<S: Store> Overlay<S> {
         let range = ByteRange::checked(offset, len, self.size)?;
         let must_be_fast = matches!(how, Zeroing::Zero { fast: true, .. });
         if must_be_fast && !how.may_trim() && !self.store.can_zero_range() {
-            return Err(Error::new(
-                libc::ENOTSUP,
+            return Err(Error::not_fast(
                 "the overlay's file system can't zero a range fast and keep its space",
             ));
         }
         let mut pieces = self.block_size.pieces(range, self.size);
         if must_be_fast && pieces.any(|piece| is_large_part(&piece)) {
-            return Err(Error::new(
-                libc::ENOTSUP,
+            return Err(Error::not_fast(
                 "a large part of a block can't be zeroed fast (cow-block-size)",
             ));
         }

@@ -19,6 +19,7 @@
 mod advice;
 mod clients;
 mod diff;
+mod errnos;
 mod exports;
 mod extents;
 mod file_systems;
