@@ -20,6 +20,10 @@ pub struct Advice {
 /// nbdkit refuses a preferred size above this.
 const MAX_PREFERRED: u64 = 32 << 20;
 
+/// A filter above that sets a minimum of as much, but no preferred size, refuses every
+/// client where ours is less. It is also what most clients work with.
+const MIN_PREFERRED: u64 = 4096;
+
 /// A client's connection to an export.
 pub struct Connection<'a> {
     filter: &'a Filter,
@@ -107,19 +111,25 @@ impl<'a> Connection<'a> {
 }
 
 fn advice(block_size: BlockSize, below: Option<Advice>) -> Advice {
-    let preferred = block_size.bytes().min(MAX_PREFERRED) as u32;
-    match below {
+    let preferred = block_size.bytes().clamp(MIN_PREFERRED, MAX_PREFERRED) as u32;
+    let Some(below) = below else {
         // We split requests ourselves, so any size is right.
-        None => Advice {
+        return Advice {
             minimum: 1,
             preferred,
             maximum: u32::MAX,
-        },
-        Some(below) if below.maximum >= preferred => Advice {
-            preferred: below.preferred.max(preferred),
-            ..below
-        },
-        Some(below) => below,
+        };
+    };
+    // The best size that the layer takes.
+    let fits = |size: &u32| (below.minimum..=below.maximum).contains(size);
+    let sizes = [preferred, MIN_PREFERRED as u32, below.preferred];
+    Advice {
+        preferred: sizes
+            .into_iter()
+            .filter(fits)
+            .max()
+            .unwrap_or(below.preferred),
+        ..below
     }
 }
 
@@ -140,7 +150,9 @@ mod tests {
 
     #[test]
     fn without_constraints_below_any_size_goes_and_the_block_size_is_best() {
+        assert_eq!(of(512, None), (1, 4096, u32::MAX));
         assert_eq!(of(4096, None), (1, 4096, u32::MAX));
+        assert_eq!(of(65536, None), (1, 65536, u32::MAX));
         assert_eq!(of(1 << 31, None), (1, 32 << 20, u32::MAX));
     }
 
@@ -149,5 +161,9 @@ mod tests {
         assert_eq!(of(65536, Some((512, 4096, 1 << 20))), (512, 65536, 1 << 20));
         assert_eq!(of(4096, Some((512, 65536, 1 << 20))), (512, 65536, 1 << 20));
         assert_eq!(of(65536, Some((512, 4096, 32768))), (512, 4096, 32768));
+        assert_eq!(of(512, Some((1, 512, u32::MAX))), (1, 4096, u32::MAX));
+        assert_eq!(of(65536, Some((512, 512, 32768))), (512, 4096, 32768));
+        assert_eq!(of(4096, Some((512, 512, 2048))), (512, 512, 2048));
+        assert_eq!(of(512, Some((65536, 65536, 65536))), (65536, 65536, 65536));
     }
 }

@@ -12,7 +12,7 @@ use crate::filter::Advice;
 
 /// A client's read is never longer than this, so nothing below us has to cope
 /// with more; a fill of very large blocks is split.
-const MAX_READ: u32 = 64 << 20;
+const MAX_READ: u64 = 64 << 20;
 
 /// What a layer below said of itself for one connection.
 #[derive(Debug, Clone, Copy)]
@@ -20,9 +20,10 @@ pub struct Capabilities {
     size: u64,
     can_extents: bool,
     can_cache: bool,
-    /// What the offset and the length of a read must be a multiple of: a power of two.
+    /// What the offset and the length of a request must be a multiple of.
     unit: u64,
-    max_read: u32,
+    /// The most bytes in a request: a multiple of `unit`, below 2^32.
+    max: u64,
 }
 
 impl Capabilities {
@@ -74,18 +75,18 @@ impl Next {
             .map_err(|_| Error::from_below(libc::EIO, "asking for the size of the disk"))?;
         let can_extents = self.flag(call!(self, can_extents), "can_extents")? != 0;
         let can_cache = self.flag(call!(self, can_cache), "can_cache")? != sys::NBDKIT_CACHE_NONE;
-        let (unit, max_read) = match self.advice()? {
-            // nbdkit has checked them: the minimum is a power of two of at most
-            // 64K, and the maximum a multiple of it, or 2^32 - 1.
-            Some(advice) => (advice.minimum, advice.maximum.min(MAX_READ)),
-            None => (1, MAX_READ),
-        };
+        let (unit, max) = self
+            .advice()?
+            .map_or((1, u32::MAX), |advice| (advice.minimum, advice.maximum));
+        let (unit, max) = (u64::from(unit), u64::from(max));
         Ok(Capabilities {
             size,
             can_extents,
             can_cache,
-            unit: unit.into(),
-            max_read,
+            unit,
+            // nbdkit checks what a plugin says, but not what a filter says, and there
+            // is one that takes any number for a maximum.
+            max: whole_units(max, unit),
         })
     }
 
@@ -157,9 +158,26 @@ fn result(answer: c_int, err: c_int, tried: impl FnOnce() -> String) -> Result<(
 }
 
 impl NextBase<'_> {
-    fn read_aligned(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+    /// `range` and what must be asked for with it: the layer takes whole units, and its
+    /// last one may be cut by the end of the disk.
+    ///
+    /// The range of a request may be smaller than a unit: between two blocks of the
+    /// overlay, around what is written to a part of a block, or because its client does
+    /// not heed the layer's minimum.
+    fn rounded_out(&self, range: ByteRange) -> ByteRange {
+        let unit = self.capabilities.unit;
+        ByteRange {
+            start: range.start / unit * unit,
+            end: range.end.next_multiple_of(unit).min(self.size()),
+        }
+    }
+
+    /// Reads a range of whole units.
+    fn read_units(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let Capabilities { unit, max, .. } = *self.capabilities;
+        let max = max.min(whole_units(MAX_READ, unit));
         let mut at = offset;
-        for piece in buf.chunks_mut(self.capabilities.max_read as usize) {
+        for piece in buf.chunks_mut(max as usize) {
             let mut err = 0;
             let len = piece.len() as u32;
             let answer = call!(
@@ -186,19 +204,17 @@ impl Base for NextBase<'_> {
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let (unit, end) = (self.capabilities.unit, offset + buf.len() as u64);
-        let is_aligned = |at: u64| at % unit == 0 || at == self.size();
-        if is_aligned(offset) && is_aligned(end) {
-            return self.read_aligned(buf, offset);
+        let range = ByteRange {
+            start: offset,
+            end: offset + buf.len() as u64,
+        };
+        let units = self.rounded_out(range);
+        if units == range {
+            return self.read_units(buf, offset);
         }
-        // A client that does not heed the layer's minimum, or the rest of a block
-        // around what such a client writes.
-        let start = offset / unit * unit;
-        let end = end.next_multiple_of(unit).min(self.size());
-        let mut around = buffer(end - start)?;
-        self.read_aligned(&mut around, start)?;
-        let at = (offset - start) as usize;
-        buf.copy_from_slice(&around[at..at + buf.len()]);
+        let mut around = buffer(units.len())?;
+        self.read_units(&mut around, units.start)?;
+        buf.copy_from_slice(&around[range.in_buffer(units.start)]);
         Ok(())
     }
 
@@ -206,47 +222,78 @@ impl Base for NextBase<'_> {
         if !self.capabilities.can_cache {
             return Ok(());
         }
-        let mut err = 0;
-        let len = range.len() as u32;
-        let answer = call!(self.next, cache, len, range.start, 0, &raw mut err);
-        result(answer, err, || {
-            format!("caching {len} bytes at {} in the layer below", range.start)
-        })
+        // A layer may do it by reading, and reads no more than its maximum at once.
+        let mut rest = self.rounded_out(range);
+        while !rest.is_empty() {
+            let mut err = 0;
+            let (at, len) = (rest.start, rest.len().min(self.capabilities.max));
+            let answer = call!(self.next, cache, len as u32, at, 0, &raw mut err);
+            result(answer, err, || {
+                format!("caching {len} bytes at {at} in the layer below")
+            })?;
+            rest.start += len;
+        }
+        Ok(())
     }
 
     fn extents(&self, range: ByteRange, only_first: bool, list: &mut Vec<Extent>) -> Result<()> {
         if !self.capabilities.can_extents {
-            return push(
-                list,
-                Extent {
-                    bytes: range,
-                    allocation: Allocation::DATA,
-                },
-            );
+            return push(list, data(range));
         }
-        let mut answered = ExtentList::new(range)?;
-        let flags = if only_first {
+        let unit = self.capabilities.unit;
+        let mut units = self.rounded_out(range);
+        // Rounded out, a range may be too long for a request; the rest is asked for later.
+        let max = whole_units(u32::MAX.into(), unit);
+        units.end = units.end.min(units.start + max);
+        let mut answered = ExtentList::new(units)?;
+        // The first extent of the units may end before `range` starts.
+        let is_first_ours = units.start == range.start;
+        let flags = if only_first && is_first_ours {
             sys::NBDKIT_FLAG_REQ_ONE as u32
         } else {
             0
         };
         let mut err = 0;
-        let len = range.len() as u32;
+        let (at, len) = (units.start, units.len());
         let answer = call!(
             self.next,
             extents,
-            len,
-            range.start,
+            len as u32,
+            at,
             flags,
             answered.as_ptr(),
             &raw mut err
         );
         result(answer, err, || {
-            format!(
-                "asking the layer below for the extents of {len} bytes at {}",
-                range.start
-            )
+            format!("asking the layer below for the extents of {len} bytes at {at}")
         })?;
-        answered.iter().try_for_each(|extent| push(list, extent))
+        let known = list.len();
+        for extent in answered.iter() {
+            let bytes = extent.bytes.clamp_to(range);
+            if !bytes.is_empty() {
+                push(list, Extent { bytes, ..extent })?;
+            }
+        }
+        if list.len() == known && !is_first_ours {
+            // Asked again, it would say the same. What is not known is data.
+            let first = ByteRange {
+                start: range.start,
+                end: units.start + unit,
+            };
+            push(list, data(first.clamp_to(range)))?;
+        }
+        Ok(())
+    }
+}
+
+/// The largest multiple of `unit` up to `limit`, but one at least.
+fn whole_units(limit: u64, unit: u64) -> u64 {
+    (limit / unit).max(1) * unit
+}
+
+fn data(bytes: ByteRange) -> Extent {
+    Extent {
+        bytes,
+        allocation: Allocation::DATA,
     }
 }

@@ -49,8 +49,14 @@ fn the_preferred_size_is_that_of_the_overlay_file_system() {
 }
 
 #[test]
-fn the_preferred_size_is_the_block_size() {
-    for (parameter, size) in [("64K", "65536"), ("512", "512"), ("1M", "1048576")] {
+fn the_preferred_size_is_the_block_size_but_not_less_than_4k() {
+    for (parameter, size) in [
+        ("512", "4096"),
+        ("4K", "4096"),
+        ("64K", "65536"),
+        ("1M", "1048576"),
+        ("2G", "33554432"),
+    ] {
         let base = Base::new(&noise(3, 100_000));
         let parameter = format!("cow-block-size={parameter}");
         let server = Server::start(&["file", base.path(), &parameter]);
@@ -160,4 +166,148 @@ fn a_client_that_does_not_heed_the_minimum_is_served_all_the_same() {
         same(read(h, step=256 * K), content)
         "#,
     );
+}
+
+/// Between blocks of the overlay lie ranges that are smaller than what the layer below
+/// takes.
+#[test]
+fn extents_and_prefetches_are_asked_for_in_multiples_of_the_minimum_too() {
+    let base = Base::sparse((1 << 20) + 65536, &[(0, &noise(8, 64 << 10))]);
+    for minimum in ["4K", "64K"] {
+        let server = Setup::new().below("blocksize-policy").start(&[
+            "file",
+            base.path(),
+            "cow-block-size=512",
+            &format!("blocksize-minimum={minimum}"),
+            "blocksize-preferred=64K",
+            "blocksize-maximum=128K",
+            "blocksize-error-policy=error",
+        ]);
+        server.nbdsh(
+            r#"
+            content = read(h, step=128 * K)
+            lenient(h)
+            for start in [512, 21 * K, 65 * K - 512, M + 3 * K]:
+                h.pwrite(noise(512, start), start)
+                content[start:start + 512] = noise(512, start)
+            found = extents(h)
+            assert found == [
+                (0, 64 * K, "data"), (64 * K, 512, "hole,zero"), (65 * K - 512, 512, "data"),
+                (65 * K, M - 62 * K, "hole,zero"), (M + 3 * K, 512, "data"),
+                (M + 3 * K + 512, 61 * K - 512, "hole,zero"),
+            ], found
+            for start, length in [(0, 4096), (0, M), (64 * K, 64 * K), (0, h.get_size())]:
+                h.cache(length, start)
+                reply(h, length, start)
+                reply(h, length, start, ONE)
+            for start, length in [(513, 1), (1024, 512), (5000, 700), (M + 65535, 1)]:
+                h.cache(length, start)
+                assert extents(h, start, length)[0][0] == start
+                reply(h, length, start, ONE)
+            same(read(h, step=128 * K), content)
+            "#,
+        );
+    }
+}
+
+/// Rounded out, the question is the same again, and so would be the answer: it ends where
+/// the file does, in the middle of a unit.
+#[test]
+fn extents_that_the_layer_below_does_not_tell_are_data() {
+    let base = Base::sparse((1 << 20) + 8192, &[]);
+    let server = Setup::new()
+        .below("blocksize-policy")
+        .below("truncate")
+        .start(&[
+            "file",
+            base.path(),
+            "round-up=64K",
+            "blocksize-minimum=64K",
+            "blocksize-preferred=64K",
+            "blocksize-maximum=128K",
+        ]);
+    server.nbdsh(
+        r#"
+        found = extents(h)
+        holes = M + 8 * K
+        assert found == [(0, holes, "hole,zero"), (holes, 56 * K, "data")], found
+        same(read(h), bytes(M + 64 * K))
+        "#,
+    );
+}
+
+/// What a client may ask for, rounded out, is more than a request has room for.
+#[test]
+fn a_range_as_long_as_a_request_can_be_is_rounded_out() {
+    let server = Setup::new().below("blocksize-policy").start(&[
+        "memory",
+        "16G",
+        "cow-block-size=512",
+        "blocksize-minimum=64K",
+        "blocksize-preferred=64K",
+        "blocksize-maximum=4294967295",
+        "blocksize-error-policy=error",
+    ]);
+    server.nbdsh(
+        r#"
+        h.set_strict_mode(0)
+        for start in [1, 512, 64 * K - 1, 4 * G]:
+            for length in [4 * G - 1, 4 * G - 512, 4 * G - 64 * K + 1]:
+                h.cache(length, start)
+                assert reply(h, length, start) == [(length, "hole,zero")], (start, length)
+                # The first extent that there is to know of may end before the rounding.
+                [(found, kind)] = reply(h, length, start, ONE)
+                assert kind == "hole,zero" and length - 128 * K <= found <= length, found
+        "#,
+    );
+}
+
+/// A prefetch that is emulated by reads, over a layer that has a largest read.
+#[test]
+fn a_prefetch_keeps_to_the_maximum_too() {
+    let base = Base::new(&noise(9, 1 << 20));
+    let server = Setup::new()
+        .below("nocache")
+        .below("blocksize-policy")
+        .start(&[
+            "file",
+            base.path(),
+            "cachemode=emulate",
+            "blocksize-minimum=512",
+            "blocksize-preferred=4K",
+            "blocksize-maximum=32K",
+            "blocksize-error-policy=error",
+        ]);
+    server.nbdsh("h.cache(M, 0); h.cache(600 * K, 300 * K)");
+}
+
+/// That filter does not mind what it says: a maximum which is no multiple of the minimum.
+#[test]
+fn a_maximum_that_is_no_multiple_of_the_minimum_is_kept_all_the_same() {
+    let base = Base::new(&noise(10, 1 << 20));
+    let server = Setup::new().below("blocksize-policy").start(&[
+        "file",
+        base.path(),
+        "blocksize-minimum=4K",
+        "blocksize-preferred=4K",
+        "blocksize-maximum=10000",
+        "blocksize-error-policy=error",
+    ]);
+    server.nbdsh("same(read(h, step=256 * K), read(h, step=8 * K))");
+}
+
+/// The layer above takes what we prefer, and refuses all clients where that is less than
+/// its own minimum.
+#[test]
+fn a_minimum_of_4k_above_fits_small_blocks() {
+    let base = Base::new(&noise(11, 1 << 20));
+    for block in ["512", "1K", "2K", "4K"] {
+        let server = Setup::new().above("blocksize-policy").start(&[
+            "file",
+            base.path(),
+            &format!("cow-block-size={block}"),
+            "blocksize-minimum=4096",
+        ]);
+        server.nbdsh_with(&["4096", "4096", "4294967295"], SIZES);
+    }
 }

@@ -58,7 +58,7 @@ fn booleans_and_sizes_are_read_as_nbdkit_reads_them() {
         }
     }
     for (value, size) in [
-        ("512", 512),
+        ("512", 4096),
         ("4096", 4096),
         ("8k", 8192),
         ("8192b", 8192),
