@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic;
 use std::ptr;
 use std::slice;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::guard::{self, Answers};
@@ -16,6 +17,10 @@ use crate::error::{Error, Result};
 use crate::filter::config::{self, Config};
 use crate::filter::{Connection, Filter};
 use crate::overlay::Zeroing;
+
+/// How often nbdkit has loaded the library: once for each `--filter` that names it. The
+/// system loads it once, so all that is static here is shared by them.
+static LAYERS: AtomicUsize = AtomicUsize::new(0);
 
 /// The parameters so far. nbdkit gives them one after the other, before it serves.
 static CONFIG: Mutex<Option<Config>> = Mutex::new(None);
@@ -118,6 +123,7 @@ macro_rules! callback {
 }
 
 callback! { plain load() -> (), or (), {
+    LAYERS.fetch_add(1, Ordering::Relaxed);
     log::start();
     // The default hook writes to stderr, which is lost in the background.
     panic::set_hook(Box::new(|info| log::error(&format!("internal error: {info}"))));
@@ -143,12 +149,26 @@ callback! { plain set_config(
     below(unsafe { next(nxdata, key, value) }, "config")
 } }
 
-callback! { plain get_ready(_thread_model: c_int) -> c_int, or -1, {
-    if FILTER.get().is_none() {
-        let filter = Filter::new(config().clone().unwrap_or_default())?;
-        // A second layer of the same library shares the first one's parameters.
-        FILTER.get_or_init(|| filter);
+callback! { plain config_complete(
+    next: sys::nbdkit_next_config_complete,
+    nxdata: *mut sys::nbdkit_backend
+) -> c_int, or -1, {
+    if LAYERS.load(Ordering::Relaxed) > 1 {
+        return Err(Error::new(
+            libc::EINVAL,
+            "--filter=cow can be given only once: its layers would share one set of \
+             parameters and overlays (for an overlay over an overlay start a second \
+             nbdkit, with the nbd plugin)",
+        ));
     }
+    let next = next.expect("nbdkit passes the next layer");
+    // SAFETY: the layer is the one that nbdkit passed with it.
+    below(unsafe { next(nxdata) }, "config_complete")
+} }
+
+callback! { plain get_ready(_thread_model: c_int) -> c_int, or -1, {
+    let filter = Filter::new(config().clone().unwrap_or_default())?;
+    FILTER.get_or_init(|| filter);
     Ok(0)
 } }
 
@@ -358,6 +378,7 @@ pub extern "C" fn filter_init() -> *mut sys::nbdkit_filter {
         load: Some(load),
         unload: Some(unload),
         config: Some(set_config),
+        config_complete: Some(config_complete),
         get_ready: Some(get_ready),
         after_fork: Some(after_fork),
         thread_model: Some(ThreadModel::CALLBACK),

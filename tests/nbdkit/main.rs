@@ -28,6 +28,7 @@ mod full;
 mod harness;
 mod kept;
 mod kept_disk;
+mod layers;
 mod lifecycle;
 mod logging;
 mod parameters;

@@ -112,15 +112,6 @@ fn a_base_of_another_size_below_a_filter_can_be_written() {
     );
 }
 
-/// Two filters of ours, as a user would who keeps a clean state to go back to.
-#[test]
-fn an_overlay_can_lie_over_an_overlay() {
-    let base = Base::new(&noise(5, 300_001));
-    let library = crate::harness::setup::library();
-    let server = Setup::new().below(library).start(&["file", base.path()]);
-    server.nbdsh("Model([h, connect()], read(h), 1).run(150).check()");
-}
-
 /// Sets up a base that fails as long as a file exists; the code finds
 /// `fail()` and `heal()`, the content of the `base` and the `code` of the error.
 fn failing_base(error: &str, parameters: &[&str], code: &str) {

@@ -10,7 +10,6 @@ use serde_json::Value;
 use super::small::{SIZE, base, expected, kept_in, read_by_qemu, recorded, serve, write_through};
 use super::{assert_refused, assert_says, attempt_beside, name_base, text, wait_until_unlocked};
 use crate::harness::command::success;
-use crate::harness::setup::library;
 use crate::harness::{Base, Daemon, Server, Setup, noise, run, run_in, scratch};
 
 /// nbdkit leaves the directory in which it was started.
@@ -233,6 +232,8 @@ fn without_a_name_for_the_base_cow_backing_is_asked_for() {
         &["pattern", "1M"],
         &["data", "data=1"],
         &["partitioning", &one, &two],
+        // Not even one that is named twice: the disk is made of both.
+        &["partitioning", &one, &one],
         &["file", &dir],
     ] {
         let error = Setup::new().error(&[plugin, &[&kept]].concat());
@@ -241,34 +242,8 @@ fn without_a_name_for_the_base_cow_backing_is_asked_for() {
     }
 }
 
-/// nbdkit tells a file's name to each layer of the filter, and so to this library, which
-/// has one overlay for all of them.
-#[test]
-fn a_file_that_is_named_twice_is_still_the_base() {
-    let base = base();
-    let directory = base.directory();
-    let overlay = directory.join("diff.qcow2");
-    let kept = kept_in(directory, "diff.qcow2");
-    let file = format!("file={}", base.path());
-    for layers in [1, 2, 3] {
-        let setup = (1..layers).fold(Setup::new(), |setup, _| setup.below(library()));
-        for _start in ["made", "resumed"] {
-            let server = setup.start(&["file", &file, &kept]);
-            write_through(&server.uri());
-            assert_eq!(server.stop_and_tell(), "");
-        }
-        assert_eq!(recorded(directory, "diff.qcow2"), "disk.img");
-        assert!(read_by_qemu(directory, "diff.qcow2") == expected());
-        fs::remove_file(&overlay).unwrap();
-    }
-    // It is not where a plugin makes a disk of the two.
-    let error = Setup::new().late_error(&["partitioning", &file, &file, &kept]);
-    assert_says(&error, &[text(&overlay), base.path(), "cow-backing="]);
-    assert!(!overlay.exists());
-}
-
 /// With a filter below that shows something else than the file, the file is not the
-/// base. That is seen at the size, which is known only when nbdkit is in the background.
+/// base. That is seen at the size, which is known when the first client comes.
 #[test]
 fn the_file_of_a_plugin_is_not_the_base_if_its_size_is_another() {
     let base = Base::make(|path| {

@@ -5,8 +5,7 @@ use std::fs::{self, File};
 use super::small::{
     SIZE, base, expected, kept_in, read_by_qemu, serve, two_exports, write_through,
 };
-use super::{Disk, State, assert_says, check, map, text};
-use crate::harness::setup::library;
+use super::{State, assert_says, check, map, text};
 use crate::harness::{Server, Setup, noise, scratch};
 
 #[test]
@@ -122,22 +121,9 @@ fn minus_r_keeps_what_is_copied_and_lets_no_client_write() {
     assert!(read_by_qemu(base.directory(), "diff.qcow2") == noise(1, SIZE));
 }
 
-/// They are one filter to nbdkit's loader, and have one set of parameters.
-#[test]
-fn two_layers_of_the_filter_keep_one_image() {
-    let disk = Disk::new((9 << 20) + 777, 4096);
-    let setup = Setup::new().below(library());
-    for round in 0..3 {
-        let server = disk.serve_with(&setup, &["cow-on-cache=true"]);
-        disk.client(&server, round, "disk.check().run(200).check().save()");
-        assert_eq!(server.stop_and_tell(), "");
-        disk.assert_sound();
-    }
-}
-
 /// nbdkit is in the background by then, and its parent waits for the command.
 #[test]
-fn a_size_that_shows_after_the_fork_is_told_and_does_not_hang() {
+fn a_size_that_shows_to_the_first_client_is_told_and_does_not_hang() {
     let base = base();
     let kept = kept_in(base.directory(), "diff.qcow2");
     let plugin = ["file", base.path(), "offset=512", &kept];
