@@ -27,7 +27,6 @@ fn generate() -> Result<(), String> {
         .clang_args(&flags)
         .allowlist_type("nbdkit_(filter|next_ops|extents?)")
         .allowlist_function("nbdkit_(error|debug)")
-        .allowlist_function("nbdkit_next_context_(open|close)")
         .allowlist_function("nbdkit_extents_(new|free|count)")
         .allowlist_function("nbdkit_(get|add)_extent")
         .allowlist_var("NBDKIT_(FILTER_API_VERSION|VERSION_STRING)")

@@ -10,16 +10,15 @@ mod connection;
 mod exports;
 
 use std::ffi::CStr;
-use std::process;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use nix::unistd::{Uid, geteuid};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::overlay::Reclaim;
 use crate::temporary::Directory;
-use config::{Config, FilesBelow};
+use config::Config;
 pub use connection::{Advice, Connection};
 use exports::Exports;
 
@@ -31,9 +30,6 @@ pub struct Filter {
     /// The thread that gives space back.
     reclaimer: Mutex<Option<JoinHandle<()>>>,
     user: Uid,
-    process: u32,
-    /// Why nobody is served.
-    unfit: OnceLock<String>,
 }
 
 impl Filter {
@@ -48,8 +44,6 @@ impl Filter {
             reclaimer: Mutex::default(),
             config,
             user: geteuid(),
-            process: process::id(),
-            unfit: OnceLock::new(),
         })
     }
 
@@ -81,45 +75,9 @@ impl Filter {
         }
     }
 
-    /// Tells before any client connects whether the overlay that is kept fits the
-    /// base; `size` asks the base for its size in bytes.
-    pub fn check_base(&self, size: impl FnOnce() -> Result<u64>) -> Result<()> {
-        let Exports::Kept(kept, _) = &self.exports else {
-            return Ok(());
-        };
-        // A plugin of several disks may ask which export the client has chosen, and some
-        // crash where there is no client (file with dir=). One that was given a file
-        // has one disk.
-        let FilesBelow::One(_) = self.config.files_below else {
-            return Ok(());
-        };
-        match size() {
-            Ok(size) => kept.prepare(size).or_else(|e| self.refuse_all(e)),
-            Err(e) => {
-                // A plugin may have no default export: the first client will see.
-                log::debug!("the size of the disk is not known before a client connects: {e}");
-                Ok(())
-            }
-        }
-    }
-
-    /// Where nbdkit has forked, whoever started it would not see it end: the command of
-    /// `--run` waits for ever to be served by nobody. So it goes on, and says no.
-    fn refuse_all(&self, why: Error) -> Result<()> {
-        if process::id() == self.process {
-            return Err(why);
-        }
-        log::error!("{why}");
-        self.unfit.get_or_init(|| why.to_string());
-        Ok(())
-    }
-
     /// A connection to `export`, whose base has `size` bytes.
     /// EINVAL if its overlay was made for another size.
     pub fn connect(&self, export: &CStr, size: u64) -> Result<Connection<'_>> {
-        if let Some(why) = self.unfit.get() {
-            return Err(Error::new(libc::EINVAL, why.clone()));
-        }
         let overlay = self.exports.join(export, size)?;
         Ok(Connection::new(self, overlay))
     }

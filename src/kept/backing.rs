@@ -83,7 +83,7 @@ impl Kept {
                 Path::new(backing.as_os_str()).display()
             )));
         }
-        // The export's own size is not known before nbdkit is in the background.
+        // The size of the export itself is not known before a client has chosen it.
         if let Backing::File(path) = backing {
             // (What QEMU may have written is not known yet either.)
             self.expect_made_for(self.size_of(path)?, header.layout.disk_size(), true)?;

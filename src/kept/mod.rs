@@ -1,8 +1,9 @@
 //! The overlay that one can keep: a qcow2 image in place of files without a name.
 //!
-//! There is one, for one export. It is opened, and found fit, before any client
-//! connects, so that what is wrong is told at start; an image that does not exist
-//! yet is made as soon as the size of the disk is known.
+//! There is one, for one export. If it exists it is opened, and found fit as far as that
+//! can be known, before any client connects, so that what is wrong is told at start. If
+//! not, the first client's connection makes it: only a client tells which export it is
+//! for, and how large.
 
 mod backing;
 mod image_path;
@@ -143,12 +144,6 @@ impl Kept {
     fn block_size_on(&self, file_system: &FileSystem) -> BlockSize {
         self.block_size
             .unwrap_or_else(|| file_system.default_block_size())
-    }
-
-    /// Takes note that the base has `size` bytes; makes the image if there is none.
-    pub fn prepare(&self, size: u64) -> Result<()> {
-        self.expect_fits(size)?;
-        self.present_or_new(size).map(drop)
     }
 
     /// EINVAL if the image can't be that of a base of `size` bytes.

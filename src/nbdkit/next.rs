@@ -123,32 +123,6 @@ impl Next {
     }
 }
 
-/// The size in bytes of the default export of the layer below, asked for before
-/// any client has connected.
-///
-/// # Safety
-/// `backend` is what nbdkit passed to *after_fork*, and that is under way.
-pub unsafe fn size_before_connections(backend: *mut sys::nbdkit_backend) -> Result<u64> {
-    // SAFETY: the caller's promise; the name ends with NUL. (1: read-only, and the
-    // context belongs to no connection.)
-    let ops = unsafe { sys::nbdkit_next_context_open(backend, 1, c"".as_ptr(), 1) };
-    if ops.is_null() {
-        return Err(Error::from_below(libc::EIO, "opening the default export"));
-    }
-    // SAFETY: nobody else has it, and it is used before it is closed only.
-    let next = unsafe { Next::new(ops) };
-    let size = if call!(next, prepare) == 0 {
-        let size = u64::try_from(call!(next, get_size));
-        call!(next, finalize);
-        size.ok()
-    } else {
-        None
-    };
-    // SAFETY: opened above.
-    unsafe { sys::nbdkit_next_context_close(ops) };
-    size.ok_or_else(|| Error::from_below(libc::EIO, "asking the default export for its size"))
-}
-
 /// nbdkit's convention: -1, and the errno in `*err`.
 fn result(answer: c_int, err: c_int, tried: impl FnOnce() -> String) -> Result<()> {
     match answer {

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::guard::{self, Answers};
-use super::next::{self, Capabilities, Next};
+use super::next::{Capabilities, Next};
 use super::{extents, log, sys};
 use crate::error::{Error, Result};
 use crate::filter::config::{self, Config};
@@ -172,12 +172,10 @@ callback! { plain get_ready(_thread_model: c_int) -> c_int, or -1, {
     Ok(0)
 } }
 
-callback! { plain after_fork(backend: *mut sys::nbdkit_backend) -> c_int, or -1, {
+callback! { plain after_fork(_backend: *mut sys::nbdkit_backend) -> c_int, or -1, {
     let filter = filter()?;
     filter.start();
     filter.recheck();
-    // SAFETY: nbdkit passes the layer below.
-    filter.check_base(|| unsafe { next::size_before_connections(backend) })?;
     Ok(0)
 } }
 

@@ -191,6 +191,18 @@ impl Server {
         self.stderr()
     }
 
+    /// Waits until nbdkit ends by itself, and gives what it had said.
+    pub fn end_by_itself(mut self) -> String {
+        self.ended = true;
+        let status = command::wait(&mut self.child, command::LIMIT);
+        if status.is_none() {
+            kill_group(&mut self.child);
+            let _ = self.child.wait();
+        }
+        self.look_at_the_end(status);
+        self.stderr()
+    }
+
     /// Stops nbdkit as a terminal's Ctrl-C would.
     pub fn interrupt(mut self) {
         self.end_by(libc::SIGINT);
@@ -220,7 +232,7 @@ impl Server {
 
     fn look_at_the_end(&self, status: Option<ExitStatus>) {
         let stderr = self.stderr();
-        let status = status.unwrap_or_else(|| panic!("nbdkit ignored the signal\n{stderr}"));
+        let status = status.unwrap_or_else(|| panic!("nbdkit does not end\n{stderr}"));
         assert!(status.success(), "nbdkit ended with {status}\n{stderr}");
         assert!(!stderr.contains("panicked"), "a panic:\n{stderr}");
         // In the shared /var/tmp the other tests come and go.

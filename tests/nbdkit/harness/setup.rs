@@ -131,19 +131,6 @@ impl Setup {
         only_error(&self.refusal(plugin))
     }
 
-    /// As [`Setup::error`], for what nbdkit finds out only after it went, or would have
-    /// gone, into the background.
-    pub fn late_error(&self, plugin: &[&str]) -> String {
-        let scratch = super::scratch();
-        let tmpdir = self.overlays(scratch.path());
-        let mut nbdkit = self.command(plugin, &tmpdir, |nbdkit| {
-            nbdkit.args(["-f", "-U"]).arg(scratch.path().join("socket"));
-        });
-        let Outcome { status, stderr, .. } = outcome(&mut nbdkit);
-        assert_eq!(status.code(), Some(1), "{nbdkit:?}: {status}\n{stderr}");
-        only_error(&stderr)
-    }
-
     /// Runs nbdkit with `--run` and this shell command, and gives what both said.
     pub fn run(&self, plugin: &[&str], shell: &str) -> Outcome {
         let scratch = super::scratch();

@@ -5,9 +5,12 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use super::small::{
-    base, expected, kept_in, read_by_qemu, recorded, serve, two_exports, write_through,
+    base, expected, kept_in, look, read_by_qemu, recorded, serve, two_exports, write_through,
 };
-use super::{Disk, assert_refused, assert_says, attempt, check, compare, name_base, text};
+use super::{
+    Disk, assert_refused, assert_says, attempt, check, compare, name_base, refused_to_a_client,
+    text,
+};
 use crate::harness::mount::Mount;
 use crate::harness::{Base, Server, Setup, noise, run, scratch};
 
@@ -35,7 +38,9 @@ fn what_one_image_can_not_do_is_refused_at_start() {
     // The smallest and the largest block.
     for (size, cluster) in [("512", 16 << 10), ("64K", 2 << 20)] {
         let block = format!("cow-block-size={size}");
-        Server::start(&["file", base.path(), &kept, &block]).stop();
+        let server = Server::start(&["file", base.path(), &kept, &block]);
+        run(&["nbdinfo", "--size", &server.uri()]);
+        server.stop();
         let info = run(&["qemu-img", "info", "--output=json", text(&overlay)]);
         let info: serde_json::Value = serde_json::from_str(&info).expect("JSON");
         assert_eq!(info["cluster-size"], cluster);
@@ -96,17 +101,6 @@ fn a_base_of_another_size_is_refused_at_start() {
     }
 }
 
-/// What can't be known before a client has chosen an export: the client is refused, and
-/// nbdkit says why.
-fn refused_to_a_client(setup: &Setup, plugin: &[&str]) -> String {
-    let server = setup.start(plugin);
-    let client = attempt(&["nbdinfo", &server.uri()]);
-    assert!(!client.status.success(), "{}", client.stdout);
-    let said = server.stop_and_tell();
-    let error = said.lines().find(|line| line.contains("error: "));
-    error.expect("a message").to_string()
-}
-
 /// Where the base is no file, it is the export that tells.
 #[test]
 fn another_size_of_a_base_that_is_no_file_is_refused() {
@@ -149,7 +143,7 @@ fn a_base_that_is_resized_while_it_is_served_is_refused_to_new_connections() {
 fn a_base_that_was_modified_since_is_served_with_a_warning() {
     let mut base = base();
     let overlay = base.directory().join("diff.qcow2");
-    serve(base.path(), text(&overlay)).stop();
+    look(base.path(), text(&overlay));
     let server = serve(base.path(), text(&overlay));
     write_through(&server.uri());
     assert_eq!(server.stop_and_tell(), "");
@@ -171,7 +165,7 @@ fn a_base_that_was_modified_since_is_served_with_a_warning() {
 fn another_base_than_the_recorded_one_is_refused() {
     let base = base();
     let overlay = base.directory().join("diff.qcow2");
-    serve(base.path(), text(&overlay)).stop();
+    look(base.path(), text(&overlay));
     let other = base.directory().join("other.img");
     fs::copy(base.path(), &other).unwrap();
     let kept = kept_in(base.directory(), "diff.qcow2");
@@ -186,7 +180,7 @@ fn another_base_than_the_recorded_one_is_refused() {
 
     // What the message says to do helps, and the other name is then the only one.
     name_base(base.directory(), "diff.qcow2", "other.img");
-    serve(text(&other), text(&overlay)).stop();
+    look(text(&other), text(&overlay));
     assert_eq!(recorded(base.directory(), "diff.qcow2"), "other.img");
     assert_refused(
         &["file", base.path(), &kept],
@@ -196,7 +190,7 @@ fn another_base_than_the_recorded_one_is_refused() {
     // By another path it is the same file.
     let link = base.directory().join("link.img");
     fs::hard_link(&other, &link).unwrap();
-    serve(text(&link), text(&overlay)).stop();
+    look(text(&link), text(&overlay));
 }
 
 /// Whatever has the same size could be served under the image.
@@ -204,7 +198,7 @@ fn another_base_than_the_recorded_one_is_refused() {
 fn a_base_that_nothing_names_is_refused_until_it_is_named() {
     let base = base();
     let overlay = base.directory().join("diff.qcow2");
-    serve(base.path(), text(&overlay)).stop();
+    look(base.path(), text(&overlay));
     let kept = kept_in(base.directory(), "diff.qcow2");
     let backing = format!("cow-backing={}", base.path());
     let size = fs::metadata(base.path()).unwrap().len().to_string();

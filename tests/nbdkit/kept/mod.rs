@@ -3,6 +3,7 @@
 
 mod conflicts;
 mod damage;
+mod first_client;
 mod full;
 mod images;
 mod locks;
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::harness::command::{LIMIT, Outcome, command, eventually, outcome};
+use crate::harness::command::{Outcome, command, outcome};
 use crate::harness::{Base, Server, Setup, noise, run, run_in};
 
 /// What Python finds beside client.py: `Disk`, the model.
@@ -96,7 +97,6 @@ impl Disk {
         let plugin = self.plugin(&[]);
         let plugin: Vec<_> = plugin.iter().map(String::as_str).collect();
         Setup::new().run_nbdsh(&plugin, CLIENT, &args, code);
-        wait_until_unlocked(&self.overlay());
     }
 
     fn client_args(&self, seed: u64) -> [String; 3] {
@@ -206,14 +206,6 @@ fn map(overlay: &Path) -> Vec<(u64, u64, State)> {
     merged
 }
 
-/// The nbdkit that its user sees end with `--run` leaves another behind, which holds
-/// the lock until all is in the image.
-fn wait_until_unlocked(overlay: &Path) {
-    let info = || attempt(&["qemu-img", "info", text(overlay)]);
-    let is_free = eventually(LIMIT, || info().status.success());
-    assert!(is_free, "{overlay:?} stays locked");
-}
-
 /// nbdkit must refuse this, in one sentence with these words, before it goes into the
 /// background, and leave the file as it is.
 fn assert_refused(plugin: &[&str], overlay: &Path, words: &[&str]) {
@@ -221,6 +213,17 @@ fn assert_refused(plugin: &[&str], overlay: &Path, words: &[&str]) {
     let error = Setup::new().error(plugin);
     assert_says(&error, &[&[text(overlay)], words].concat());
     assert_eq!(Seal::of(overlay), before, "{overlay:?}: {error}");
+}
+
+/// What can't be known before a client has chosen an export: the client is refused, and
+/// nbdkit says why in the one message that this gives.
+fn refused_to_a_client(setup: &Setup, plugin: &[&str]) -> String {
+    let server = setup.start(plugin);
+    let client = attempt(&["nbdinfo", &server.uri()]);
+    assert!(!client.status.success(), "{}", client.stdout);
+    let said = server.stop_and_tell();
+    let error = said.lines().find(|line| line.contains("error: "));
+    error.expect("a message").to_string()
 }
 
 fn assert_says(error: &str, words: &[&str]) {

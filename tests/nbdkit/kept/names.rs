@@ -7,8 +7,10 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::small::{SIZE, base, expected, kept_in, read_by_qemu, recorded, serve, write_through};
-use super::{assert_refused, assert_says, attempt_beside, name_base, text, wait_until_unlocked};
+use super::small::{
+    SIZE, base, expected, kept_in, look, read_by_qemu, recorded, serve, write_through,
+};
+use super::{assert_refused, assert_says, attempt_beside, name_base, refused_to_a_client, text};
 use crate::harness::command::success;
 use crate::harness::{Base, Daemon, Server, Setup, noise, run, run_in, scratch};
 
@@ -126,7 +128,6 @@ fn a_name_need_not_be_utf8() {
         nbdkit.arg("file").arg(&base);
         nbdkit.arg(format!("cow-overlay={}", text(&overlay)));
         success(&mut nbdkit);
-        wait_until_unlocked(&overlay);
         assert!(read_by_qemu(directory.path(), "diff.qcow2") == expected());
     }
 }
@@ -178,7 +179,7 @@ fn a_name_with_a_protocol_has_to_be_given_as_it_was_recorded() {
     let directory = base.directory();
     let overlay = directory.join("diff.qcow2");
     let kept = kept_in(directory, "diff.qcow2");
-    serve(base.path(), text(&overlay)).stop();
+    look(base.path(), text(&overlay));
     name_base(directory, "diff.qcow2", "file:disk.img");
     let backing = "cow-backing=file:disk.img";
     assert_refused(&["file", base.path(), &kept], &overlay, &[backing]);
@@ -211,7 +212,9 @@ fn a_name_that_qemu_does_not_read_is_refused() {
     assert!(!directory.path().join("diff.qcow2").exists());
     // Beside it, it has a short one.
     let beside = kept_in(&deep, "diff.qcow2");
-    Server::start(&["file", text(&base), &beside]).stop();
+    let server = Server::start(&["file", text(&base), &beside]);
+    run(&["nbdinfo", "--size", &server.uri()]);
+    server.stop();
     assert_eq!(recorded(&deep, "diff.qcow2"), "disk.img");
 }
 
@@ -283,7 +286,7 @@ fn the_file_of_a_plugin_is_not_the_base_if_its_size_is_another() {
     ] {
         let setup = || Setup::new().below(filter);
         let plugin = [plugin, &[&kept]].concat();
-        let error = setup().late_error(&plugin);
+        let error = refused_to_a_client(&setup(), &plugin);
         assert_says(&error, &[text(&overlay), "cow-backing="]);
         assert!(!overlay.exists(), "{filter}");
         let left: Vec<_> = fs::read_dir(directory)

@@ -3,8 +3,8 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-use super::small::{SIZE, base, expected, read_by_qemu, serve, write_through};
-use super::{Seal, assert_refused, assert_says, check, text, wait_until_unlocked};
+use super::small::{SIZE, base, expected, look, read_by_qemu, serve, write_through};
+use super::{Seal, assert_refused, assert_says, check, text};
 use crate::harness::command::{command, outcome};
 use crate::harness::mount::Mount;
 use crate::harness::setup::library;
@@ -19,7 +19,7 @@ fn a_new_image_is_private_whatever_the_umask() {
         let kept = format!("cow-overlay={}", text(&overlay));
         let made = Setup::new()
             .under(&["sh", "-c", &shell, "sh"])
-            .run(&["file", base.path(), &kept], "true");
+            .run(&["file", base.path(), &kept], "nbdinfo --size \"$uri\"");
         assert!(made.status.success(), "{}", made.stderr);
         let mode = fs::metadata(&overlay)
             .expect("the image")
@@ -100,7 +100,7 @@ fn a_file_that_may_not_be_written_to_is_refused() {
     use std::os::unix::process::CommandExt;
     let base = base();
     let overlay = base.directory().join("diff.qcow2");
-    serve(base.path(), text(&overlay)).stop();
+    look(base.path(), text(&overlay));
     let before = Seal::of(&overlay);
     fs::set_permissions(base.directory(), fs::Permissions::from_mode(0o755)).unwrap();
     // The library may lie where only root can read.
@@ -134,10 +134,9 @@ fn a_file_that_came_meanwhile_is_left_alone() {
     let overlay = directory.join("diff.qcow2");
     let kept = format!("cow-overlay={}", text(&overlay));
     let backing = format!("cow-backing={}", base.path());
-    // The size of this plugin's disk is not asked for before a client comes.
     let late = Server::start(&["memory", &SIZE.to_string(), &kept, &backing]);
     assert!(!overlay.exists());
-    serve(base.path(), text(&overlay)).stop();
+    look(base.path(), text(&overlay));
     let before = Seal::of(&overlay);
     late.python("refused('ENOENT', connect)");
     let said = late.stop_and_tell();
@@ -263,13 +262,11 @@ fn the_user_of_minus_u_makes_the_image_and_need_not_own_one_that_exists() {
         resumed.stderr
     );
     assert!(!resumed.stdout.contains("failed"), "{}", resumed.stdout);
-    wait_until_unlocked(&overlay);
 
     fs::remove_file(&overlay).unwrap();
     allow(0o777);
-    let made = as_nobody("true");
+    let made = as_nobody("nbdinfo --size $uri");
     assert!(made.status.success(), "{}", made.stderr);
-    wait_until_unlocked(&overlay);
     assert_ne!(fs::metadata(&overlay).unwrap().uid(), 0);
     check(&overlay);
 }
@@ -280,7 +277,7 @@ fn the_user_of_minus_u_makes_the_image_and_need_not_own_one_that_exists() {
 fn a_link_to_an_image_is_followed_as_qemu_follows_it() {
     let base = base();
     let overlay = base.directory().join("diff.qcow2");
-    serve(base.path(), text(&overlay)).stop();
+    look(base.path(), text(&overlay));
     let beside = base.directory().join("link.qcow2");
     symlink("diff.qcow2", &beside).unwrap();
     let server = serve(base.path(), text(&beside));

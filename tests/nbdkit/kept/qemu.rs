@@ -7,9 +7,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use super::{
-    Disk, assert_refused, attempt_beside, check, compare, name_base, text, wait_until_unlocked,
-};
+use super::{Disk, assert_refused, attempt_beside, check, compare, name_base, text};
 use crate::harness::{Setup, run, run_in, scratch};
 
 /// A disk with clusters of every kind: of the base alone (from 3M on), with data,
@@ -81,7 +79,6 @@ fn assert_resumed(directory: &Path, what: &str) {
     assert!(fs::read(&read).unwrap() == bytes, "{what}: a wrong read");
 
     let overlay = directory.join("diff.qcow2");
-    wait_until_unlocked(&overlay);
     check(&overlay);
     bytes[10_000..40_000].fill(119);
     bytes[3_000_000..3_010_000].fill(119);

@@ -30,6 +30,13 @@ pub fn serve(base: &str, overlay: &str) -> Server {
     Server::start(&["file", base, &format!("cow-overlay={overlay}")])
 }
 
+/// Has the image made, or taken up again, by a client that only looks.
+pub fn look(base: &str, overlay: &str) {
+    let server = serve(base, overlay);
+    run(&["nbdinfo", "--size", &server.uri()]);
+    server.stop();
+}
+
 /// The backing file's name in an image that is in this directory.
 pub fn recorded(directory: &Path, image: &str) -> String {
     let info = run_in(
