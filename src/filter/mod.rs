@@ -13,7 +13,7 @@ use std::ffi::CStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use nix::unistd::{Uid, geteuid};
+use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 
 use crate::error::Result;
 use crate::overlay::Reclaim;
@@ -29,7 +29,15 @@ pub struct Filter {
     reclaim: Arc<Reclaim>,
     /// The thread that gives space back.
     reclaimer: Mutex<Option<JoinHandle<()>>>,
-    user: Uid,
+    user: User,
+}
+
+/// Who the process is to a file system.
+type User = (Uid, Gid, Vec<Gid>);
+
+fn user() -> User {
+    // There are always groups to be told of: it does not fail.
+    (geteuid(), getegid(), getgroups().unwrap_or_default())
 }
 
 impl Filter {
@@ -43,7 +51,7 @@ impl Filter {
             reclaim,
             reclaimer: Mutex::default(),
             config,
-            user: geteuid(),
+            user: user(),
         })
     }
 
@@ -60,14 +68,14 @@ impl Filter {
         }
     }
 
-    /// Looks at the directory again if nbdkit has become another user (`-u`)
-    /// since [`Filter::new`]. One overlay file is there already and will do for
-    /// most, so that this user can make no others is only worth a warning.
+    /// Looks at the directory again if nbdkit has become another user (`-u`), or one of
+    /// other groups (`-g`), since [`Filter::new`]. One overlay file is there already and
+    /// will do for most, so that this user can make no others is only worth a warning.
     pub fn recheck(&self) {
         let Exports::Temporary(temporary) = &self.exports else {
             return;
         };
-        if geteuid() == self.user {
+        if user() == self.user {
             return;
         }
         if let Err(e) = Directory::open(temporary.directory()) {

@@ -1,6 +1,7 @@
 //! TMPDIR is tried before any client connects: it is too late to find out at the first write.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
 use crate::harness::command::{command, success};
@@ -44,42 +45,48 @@ fn a_full_file_system_is_refused() {
     }
 }
 
-/// nbdkit becomes another user after the directory was tried as root. One file is open
-/// by then, and is the overlay.
+/// nbdkit becomes another user, or of another group, after the directory was tried. One
+/// file is open by then, and is the overlay.
 #[test]
-fn a_directory_that_the_user_of_minus_u_can_not_write_to_has_one_overlay() {
-    use std::os::unix::fs::PermissionsExt;
+fn a_directory_that_nbdkit_can_not_write_to_any_more_has_one_overlay() {
     let mount = Mount::tmpfs("4M");
-    let allow = |mode| fs::set_permissions(mount.path(), fs::Permissions::from_mode(mode)).unwrap();
-    let as_nobody = || {
-        let mut setup = Setup::new().tmpdir(mount.path());
-        for option in ["-unobody", "-U", "-", "--run"] {
-            setup = setup.option(option);
-        }
-        setup
+    let nobody = 65534;
+    chown(mount.path(), Some(nobody), Some(0)).unwrap();
+    let as_another = |option: &str, mode| {
+        fs::set_permissions(mount.path(), fs::Permissions::from_mode(mode)).unwrap();
+        // Without the right to pass over permissions: root is a user as all are.
+        let setup = Setup::new().tmpdir(mount.path()).under(&[
+            "setpriv",
+            "--bounding-set=-dac_override,-dac_read_search",
+            "--regid=0",
+            "--clear-groups",
+        ]);
+        [option, "-U", "-", "--run"]
+            .into_iter()
+            .fold(setup, Setup::option)
             .option("qemu-io -f raw -c 'write -P 7 5 100' -c 'read -P 7 5 100' $uri")
             .output(&["null", "size=1M"])
     };
-    allow(0o755);
-    let warned = as_nobody();
-    assert_eq!(warned.status.code(), Some(0), "{}", warned.stderr);
-    assert!(warned.stdout.contains("read 100/100"), "{}", warned.stdout);
-    for word in [
-        "warning",
-        mount.path().to_str().unwrap(),
-        "Permission denied",
-        "TMPDIR",
-    ] {
-        assert!(
-            warned.stderr.contains(word),
-            "{word:?} in {:?}",
-            warned.stderr
-        );
+    for (option, mode, other_mode) in [("-unobody", 0o075, 0o777), ("-gnogroup", 0o770, 0o777)] {
+        let warned = as_another(option, mode);
+        assert_eq!(warned.status.code(), Some(0), "{}", warned.stderr);
+        assert!(warned.stdout.contains("read 100/100"), "{}", warned.stdout);
+        for word in [
+            "warning",
+            mount.path().to_str().unwrap(),
+            "Permission denied",
+            "TMPDIR",
+        ] {
+            assert!(
+                warned.stderr.contains(word),
+                "{option}: {word:?} in {:?}",
+                warned.stderr
+            );
+        }
+        let served = as_another(option, other_mode);
+        assert!(served.stdout.contains("read 100/100"), "{}", served.stdout);
+        assert!(!served.stderr.contains("warning"), "{}", served.stderr);
     }
-    allow(0o1777);
-    let served = as_nobody();
-    assert!(served.stdout.contains("read 100/100"), "{}", served.stdout);
-    assert!(!served.stderr.contains("warning"), "{}", served.stderr);
 }
 
 /// Not a place for each of a billion segments, but one for each that is there.
