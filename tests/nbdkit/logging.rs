@@ -88,3 +88,27 @@ fn cow_log_chooses_by_module() {
 fn a_cow_log_that_makes_no_sense_does_not_stop_nbdkit() {
     logged(&["-v"], Some("no/such=filter,,=,loud"));
 }
+
+/// Programs that read the log of nbdkit's own filter look for this line.
+#[test]
+fn each_open_tells_the_size_of_the_disk_below() {
+    let base = Base::new(&noise(2, 100_001));
+    let sizes = |server: &crate::harness::Server| {
+        let said = server.stderr();
+        let sizes = said
+            .lines()
+            .filter(|line| line.starts_with("nbdkit: ") && line.contains(": debug: "))
+            .filter_map(|line| line.split_once(": debug: cow: underlying file size: "));
+        sizes.map(|(_, size)| size.to_string()).collect::<Vec<_>>()
+    };
+    let server = Setup::new().option("-v").start(&["file", base.path()]);
+    assert_eq!(sizes(&server), [""; 0]);
+    for opens in 1..=3 {
+        server.nbdsh("h.pread(1, 0)");
+        assert_eq!(sizes(&server), vec!["100001"; opens]);
+    }
+    server.stop();
+    let server = Setup::new().start(&["file", base.path()]);
+    server.nbdsh("h.pread(1, 0)");
+    assert_eq!(server.stderr(), "");
+}
