@@ -9,6 +9,11 @@
 # libFuzzer needs the compiler to count what is reached. These flags have a stable
 # one do that: neither cargo-fuzz nor a nightly toolchain is needed. The crate is
 # laid out as cargo-fuzz wants it all the same.
+#
+# GNU ld links it on every system. The tables name every function, and GNU ld keeps
+# what they name, so it wants each symbol of nbdkit's that the code asks for; the linker
+# that rustup brings drops both, and a build that fails with Debian's own compiler would
+# pass.
 . "$(dirname -- "$0")/common.sh"
 need_cargo
 
@@ -25,6 +30,7 @@ flags=(
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters
     -Cllvm-args=-sanitizer-coverage-pc-table
     -Cllvm-args=-sanitizer-coverage-trace-compares
+    -Clink-arg=-fuse-ld=bfd
 )
 export RUSTFLAGS="${RUSTFLAGS:-} ${flags[*]}"
 # With a target named, the flags are not for build scripts, which have no fuzzer.
