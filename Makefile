@@ -2,7 +2,7 @@
 #
 # Settings go to the scripts through the environment, so that a path may
 # contain any character.
-export CRASH_SEED DISK DESTDIR FILTERDIR MANDIR LIBRARY QUICK
+export CRASH_SEED DISK DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY QUICK
 
 .PHONY: build run check crash fuzz bench deps doc man install uninstall lint clean help
 

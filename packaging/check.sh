@@ -5,5 +5,6 @@
 need_cargo
 cd -- "$root"
 cargo test --no-fail-fast
+packaging/install-test.sh
 packaging/model-check.sh
 packaging/fuzz.sh 45

@@ -55,6 +55,7 @@ util-linux         check  losetup
 mount              check  mount
 strace             check  strace
 procps             check  pgrep
+man-db             check  mandb
 xz-utils           check  xz
 shellcheck         check  shellcheck
 qemu-utils         bench  qemu-nbd

@@ -16,8 +16,10 @@ make deps           installs what is missing (Debian, Ubuntu), or lists it
 make doc            the manual page only (make man does the same)
 make install        the filter and the manual page, as built before;
                     DESTDIR= FILTERDIR= MANDIR= say where,
-                    LIBRARY= names a library that was built elsewhere
-make uninstall      takes both away, and puts back what was there before
+                    LIBRARY= names a library that was built elsewhere;
+                    where it went is noted in /var/lib, or in STATEDIR=
+make uninstall      takes both away from where they went, or where FILTERDIR= and
+                    MANDIR= say, and puts back what was there before
 make lint           formatting, clippy, rustdoc, manual page, shell scripts
 make clean          removes what was built
 TEXT

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# install.sh install|uninstall, with DESTDIR, FILTERDIR and MANDIR.
+# install.sh install|uninstall, with DESTDIR, FILTERDIR, MANDIR and STATEDIR.
 #
 # nbdkit's own filter has the same file name. It is never overwritten: it is kept
-# under a name with ".distrib" in it, and uninstall puts it back. Where
+# under a name that ends in ".distrib", and uninstall puts it back. Where
 # dpkg owns it this is a diversion, so that an upgrade of nbdkit writes its filter
 # to the other name too. With DESTDIR, where a package is made, nothing is moved.
+#
+# What was installed is noted in a record, because nbdkit, which says where filters
+# go, may be gone by the time of the uninstall, or say something else.
 . "$(dirname -- "$0")/common.sh"
 
 destdir=${DESTDIR:-}
@@ -18,15 +21,71 @@ if [ -z "$filterdir" ] && have pkg-config; then
     filterdir=$(pkg-config --variable=filterdir nbdkit 2>/dev/null) || :
 fi
 [ -n "$filterdir" ] || filterdir=$(dump_config filterdir) || :
-[ -n "$filterdir" ] || die 'Neither pkg-config nor nbdkit says where filters go: set FILTERDIR.'
 mandir=${MANDIR:-}
 [ -n "$mandir" ] || mandir=$(dump_config mandir) || :
 [ -n "$mandir" ] || mandir=/usr/share/man
 
-installed_library=$(realpath -ms -- "$destdir$filterdir/nbdkit-cow-filter.so")
-installed_page=$(realpath -ms -- "$destdir$mandir/man1/nbdkit-cow-filter.1")
+library_in() { realpath -ms -- "$destdir$1/nbdkit-cow-filter.so"; }
+page_in() { realpath -ms -- "$destdir$1/man1/nbdkit-cow-filter.1"; }
+
+# The record: the path of one file on each line. A user who is not root has one of
+# their own.
+record=
+if [ -z "$destdir" ]; then
+    state=${STATEDIR:-}
+    if [ -z "$state" ]; then
+        state=/var/lib
+        [ "$(id -u)" -eq 0 ] || state=${XDG_STATE_HOME:-$HOME/.local/state}
+    fi
+    record=$(realpath -ms -- "$state/nbdkit-cow-filter/installed")
+fi
+recorded=()
+[ -z "$record" ] || [ ! -e "$record" ] || mapfile -t recorded <"$record"
+
+# Whether the first argument is one of the others.
+is_among() {
+    local word=$1 other
+    shift
+    for other; do [ "$word" != "$other" ] || return 0; done
+    return 1
+}
+
+remember() {
+    local file
+    for file; do
+        [[ $file != *$'\n'* ]] || die "The path of $file has a line break in it."
+        is_among "$file" "${recorded[@]}" || recorded+=("$file")
+    done
+    write_record
+}
+
+forget() {
+    local file left=()
+    for file in "${recorded[@]}"; do
+        is_among "$file" "$@" || left+=("$file")
+    done
+    recorded=("${left[@]}")
+    write_record
+}
+
+write_record() {
+    if [ "${#recorded[@]}" -eq 0 ]; then
+        rm -f -- "$record"
+        [ ! -d "${record%/*}" ] || rmdir --ignore-fail-on-non-empty -- "${record%/*}"
+        return
+    fi
+    [ -d "${record%/*}" ] || install -d -m 755 -- "${record%/*}"
+    printf '%s\n' "${recorded[@]}" >"$record.new"
+    mv -f -- "$record.new" "$record"
+}
+
 # A page of the distribution's is found before ours whichever way it is packed.
-set_aside_names=("$installed_library" "$installed_page" "$installed_page".{gz,bz2,xz,zst})
+names_of() {
+    case $1 in
+    *.so) names=("$1") ;;
+    *) names=("$1" "$1".{gz,bz2,xz,zst}) ;;
+    esac
+}
 
 # A name that is in the library whatever the compiler does (the targets of its
 # log messages) but not in the C filter; a sentence of our manual page.
@@ -37,11 +96,12 @@ ours() {
     esac
 }
 
-# Where the distribution's file goes; a manual page keeps an ending that man knows.
+# Where the distribution's file goes. A page leaves man1: there man -k would show it, or
+# man would warn of a name that it can't read.
 distrib() {
     case $1 in
     *.so) printf '%s\n' "$1.distrib" ;;
-    *) printf '%s\n' "${1%/*}/nbdkit-cow-filter.distrib.1${1##*.1}" ;;
+    *) printf '%s\n' "${1%/*/*}/${1##*/}.distrib" ;;
     esac
 }
 
@@ -69,6 +129,20 @@ set_aside() {
     fi
 }
 
+# An install of an earlier version kept the page in man1: from there to where it goes
+# now. Whatever step this ends at, it can be done again.
+take_over() {
+    local file=$1 kept before
+    [[ $file != *.so ]] || return 0
+    kept=$(distrib "$file")
+    before=${file%/*}/nbdkit-cow-filter.distrib.1${file##*.1}
+    [ ! -e "$before" ] || mv -f -- "$before" "$kept"
+    if can_divert && [ "$(diverted_to "$file")" = "$before" ]; then
+        dpkg-divert --quiet --local --no-rename --remove "$file"
+        dpkg-divert --quiet --local --no-rename --divert "$kept" --add "$file"
+    fi
+}
+
 put_back() {
     local file=$1 kept
     kept=$(distrib "$file")
@@ -84,10 +158,20 @@ put_back() {
 }
 
 must_write() {
-    local dir
-    for dir in "${installed_library%/*}" "${installed_page%/*}"; do
+    local file dir
+    for file; do
+        dir=${file%/*}
         while [ ! -e "$dir" ]; do dir=$(dirname -- "$dir"); done
         [ -w "$dir" ] || die "$dir is not writable: run this as root, or set DESTDIR."
+    done
+}
+
+# man -k, which looks into an index, shows the other page until that is made anew.
+renew_index() {
+    local dir
+    have mandb && have manpath || return 0
+    for dir; do
+        [[ :$(manpath -q 2>/dev/null): != *":$dir:"* ]] || mandb -q -- "$dir" 2>/dev/null || :
     done
 }
 
@@ -119,29 +203,64 @@ install)
     page=$(manual)
     [ -e "$library" ] || die "There is no $library: run make build first."
     [ -e "$page" ] || die "There is no $page: run make doc first."
-    must_write
+    [ -n "$filterdir" ] || die 'Neither pkg-config nor nbdkit says where filters go: set FILTERDIR.'
+    installed_library=$(library_in "$filterdir")
+    installed_page=$(page_in "$mandir")
+    must_write "$installed_library" "$installed_page" ${record:+"$record"}
     if [ -z "$destdir" ]; then
-        for name in "${set_aside_names[@]}"; do set_aside "$name"; done
+        # First of all, so that an install that is cut short can be taken away as well.
+        remember "$installed_library" "$installed_page"
+        for file in "$installed_library" "$installed_page"; do
+            names_of "$file"
+            for name in "${names[@]}"; do
+                take_over "$name"
+                set_aside "$name"
+            done
+        done
     fi
     put "$(library_mode)" "$library" "$installed_library"
     put 644 "$page" "$installed_page"
     if [ -z "$destdir" ]; then
+        renew_index "${installed_page%/*/*}"
         say 'nbdkit loads a filter only if it was built for the same version of nbdkit:'
         say 'when nbdkit is upgraded, build and install this again.'
     fi
     ;;
 uninstall)
-    must_write
-    for name in "$installed_library" "$installed_page"; do
-        if ours "$name"; then
-            rm -- "$name"
-            say "Removed   $name"
-        elif [ -e "$name" ]; then
-            say "Left      $name, which is not from here"
+    # What is recorded, but who names a directory means that one.
+    libraries=() pages=()
+    for file in "${recorded[@]}"; do
+        case $file in
+        *.so) [ "${FILTERDIR:-}" ] || libraries+=("$file") ;;
+        *) [ "${FILTERDIR:-}${MANDIR:-}" ] || pages+=("$file") ;;
+        esac
+    done
+    if [ "${#libraries[@]}" -eq 0 ]; then
+        [ -n "$filterdir" ] || die 'No installation is recorded, and neither pkg-config nor nbdkit says where filters go: set FILTERDIR.'
+        libraries=("$(library_in "$filterdir")")
+    fi
+    [ "${#pages[@]}" -gt 0 ] || pages=("$(page_in "$mandir")")
+    files=("${libraries[@]}" "${pages[@]}")
+    for file in "${files[@]}"; do
+        [ ! -d "${file%/*}" ] || must_write "$file"
+    done
+    for file in "${files[@]}"; do
+        if ours "$file"; then
+            rm -- "$file"
+            say "Removed   $file"
+        elif [ -e "$file" ]; then
+            say "Left      $file, which is not from here"
         fi
+        [ -z "$destdir" ] || continue
+        names_of "$file"
+        for name in "${names[@]}"; do
+            take_over "$name"
+            put_back "$name"
+        done
     done
     if [ -z "$destdir" ]; then
-        for name in "${set_aside_names[@]}"; do put_back "$name"; done
+        forget "${files[@]}"
+        renew_index "${pages[@]%/*/*}"
     fi
     ;;
 *) die 'install.sh: install or uninstall?' ;;
