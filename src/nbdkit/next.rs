@@ -115,7 +115,7 @@ impl Next {
         }))
     }
 
-    pub fn with<'a>(self, capabilities: &'a Capabilities) -> NextBase<'a> {
+    pub fn with(self, capabilities: &Capabilities) -> NextBase<'_> {
         NextBase {
             next: self,
             capabilities,

@@ -393,9 +393,9 @@ impl Node {
 
 /// The state of the block with number `bit` in a word.
 fn state_in(word: u64, bit: u64) -> State {
-    if word >> bit & 1 != 0 {
+    if (word >> bit) & 1 != 0 {
         State::Data
-    } else if word >> (bit + BLOCKS_PER_WORD) & 1 != 0 {
+    } else if (word >> (bit + BLOCKS_PER_WORD)) & 1 != 0 {
         State::Zero
     } else {
         State::Base

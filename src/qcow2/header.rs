@@ -390,7 +390,7 @@ mod tests {
         for &(at, len) in fields {
             let value = good[at..at + len]
                 .iter()
-                .fold(0u64, |n, b| n << 8 | u64::from(*b));
+                .fold(0u64, |n, b| (n << 8) | u64::from(*b));
             for bad in [
                 0,
                 u64::MAX >> (64 - 8 * len),

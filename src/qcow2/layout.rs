@@ -205,7 +205,7 @@ impl Layout {
         let blocks = self.block_size.count(self.disk_size).0;
         let valid = blocks.saturating_sub(first).min(BLOCKS_PER_CLUSTER);
         let bits = (1u64 << valid) - 1;
-        bits | bits << BLOCKS_PER_CLUSTER
+        bits | (bits << BLOCKS_PER_CLUSTER)
     }
 
     /// The L2 entry of `cluster`, where the block map has `word` for it.
@@ -341,7 +341,7 @@ mod tests {
         let mixed = layout.entry(cluster, 0x0000_0002_0000_0001);
         assert_eq!(
             mixed.descriptor,
-            1 << 63 | (layout.data + 3 * layout.cluster_size())
+            (1 << 63) | (layout.data + 3 * layout.cluster_size())
         );
         assert_eq!(mixed.bitmap, 0x0000_0002_0000_0001);
         assert_eq!(Entry::from_bytes(&mixed.to_bytes()), mixed);

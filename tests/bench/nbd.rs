@@ -91,12 +91,12 @@ impl Client {
 
     /// NBD_FLAG_SEND_TRIM
     pub fn can_trim(&self) -> bool {
-        self.flags & 1 << 5 != 0
+        self.flags & (1 << 5) != 0
     }
 
     /// NBD_FLAG_SEND_WRITE_ZEROES
     pub fn can_zero(&self) -> bool {
-        self.flags & 1 << 6 != 0
+        self.flags & (1 << 6) != 0
     }
 
     /// From now on requests fail with `TimedOut` after this time.
@@ -286,5 +286,5 @@ fn be32(bytes: &[u8]) -> u32 {
 }
 
 fn be64(bytes: &[u8]) -> u64 {
-    u64::from(be32(bytes)) << 32 | u64::from(be32(&bytes[4..]))
+    (u64::from(be32(bytes)) << 32) | u64::from(be32(&bytes[4..]))
 }

@@ -45,7 +45,7 @@ impl Tables {
     }
 
     pub fn has_zeroes(&self, number: usize) -> bool {
-        self.entry(number).bitmap >> 32 & 1 != 0
+        (self.entry(number).bitmap >> 32) & 1 != 0
     }
 }
 

@@ -35,7 +35,7 @@ fn the_example_of_a_kept_overlay_does_what_it_says() {
         format!("file={}", disk.display()),
         format!("cow-overlay={}", files.path().join("diff.qcow2").display()),
     );
-    for (round, byte) in [b'0', b'1'].into_iter().enumerate() {
+    for (round, &byte) in b"01".iter().enumerate() {
         let start = ((round * 2) << 20) + 77;
         expected[start..start + 100_000].fill(byte);
         let server = Server::start(&["file", &file, &kept]);

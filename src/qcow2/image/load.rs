@@ -209,7 +209,7 @@ impl<F: ImageFile> Image<F> {
     ) {
         let (mut leaked, mut described) = (0, 0);
         for (i, entry) in entries.chunks_exact(ENTRY_LEN as usize).enumerate() {
-            if counted >> i & 1 != 0 && !has_data(words[i]) {
+            if (counted >> i) & 1 != 0 && !has_data(words[i]) {
                 match be_u64(entry, 0) {
                     0 => leaked |= 1 << i,
                     _ => described |= 1 << i,

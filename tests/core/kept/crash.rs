@@ -242,7 +242,10 @@ fn combinations(
     };
     if free.len() <= bound.all_of {
         for mask in 0..1u32 << free.len() {
-            add(&mut |i| free.binary_search(&i).is_ok_and(|bit| mask >> bit & 1 != 0));
+            add(&mut |i| {
+                free.binary_search(&i)
+                    .is_ok_and(|bit| (mask >> bit) & 1 != 0)
+            });
         }
         return found;
     }

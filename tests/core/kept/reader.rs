@@ -30,7 +30,7 @@ const EXTENDED_L2: u64 = 1 << 4;
 const SUBCLUSTERS: u64 = 32;
 
 fn number(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte))
+    bytes.iter().fold(0, |n, byte| (n << 8) | u64::from(*byte))
 }
 
 impl<'a> Reader<'a> {
@@ -100,7 +100,7 @@ impl<'a> Reader<'a> {
         let (descriptor, bitmap) = self.entry(offset);
         let bit = offset % self.cluster / self.subcluster();
         let mut bytes = [0; SECTOR as usize];
-        match (bitmap >> bit & 1, bitmap >> (bit + SUBCLUSTERS) & 1) {
+        match ((bitmap >> bit) & 1, (bitmap >> (bit + SUBCLUSTERS)) & 1) {
             (0, 0) => return None,
             (0, _) => {}
             (_, _) => {
@@ -132,7 +132,7 @@ impl<'a> Reader<'a> {
     pub fn subclusters(&self) -> impl Iterator<Item = u64> + '_ {
         self.entries().flat_map(|(cluster, _, bitmap)| {
             (0..SUBCLUSTERS)
-                .filter(move |bit| (bitmap >> bit | bitmap >> (bit + SUBCLUSTERS)) & 1 != 0)
+                .filter(move |bit| ((bitmap >> bit) | (bitmap >> (bit + SUBCLUSTERS))) & 1 != 0)
                 .map(move |bit| cluster * SUBCLUSTERS + bit)
         })
     }

@@ -20,7 +20,7 @@ pub struct FormulaBase {
 fn base_byte(at: u64) -> u8 {
     const MASKS: [u8; 7] = [255, 255, 255, 255, 255, 0, 255];
     let sector = at / 512;
-    ((at ^ at >> 8 ^ at >> 16 ^ sector) as u8 | 1) & MASKS[(sector % 7) as usize]
+    ((at ^ (at >> 8) ^ (at >> 16) ^ sector) as u8 | 1) & MASKS[(sector % 7) as usize]
 }
 
 impl Base for FormulaBase {

@@ -147,7 +147,7 @@ fn step(bytes: &[u8; STEP_LEN]) -> Step {
         len,
         at,
     };
-    let bit = |n: u32| value >> n & 1 != 0;
+    let bit = |n: u32| (value >> n) & 1 != 0;
     match kind % 16 {
         0 => Step::Read {
             place,
@@ -234,7 +234,7 @@ impl Place {
         } else {
             at
         };
-        let len = match self.flags >> 2 & 3 {
+        let len = match (self.flags >> 2) & 3 {
             0 | 1 => u64::from(self.len),
             2 => (u64::from(self.len) % 5) * block,
             // A leaf of the block map has 2048 blocks.

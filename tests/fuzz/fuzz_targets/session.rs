@@ -379,6 +379,6 @@ fn written(seed: u8, range: ByteRange) -> Vec<u8> {
         _ => [255, 255],
     };
     (range.start..range.end)
-        .map(|at| (seed.wrapping_add((at >> 3) as u8) | 1) & masks[(at >> 12 & 1) as usize])
+        .map(|at| (seed.wrapping_add((at >> 3) as u8) | 1) & masks[((at >> 12) & 1) as usize])
         .collect()
 }

@@ -115,7 +115,10 @@ impl<'a> Qcow2<'a> {
         let entry = self.l2_table(table) + 16 * index;
         let (descriptor, bitmap) = (u64_at(self.file, entry), u64_at(self.file, entry + 8));
         let subcluster = offset % self.cluster / self.block();
-        match (bitmap >> subcluster & 1, bitmap >> (32 + subcluster) & 1) {
+        match (
+            (bitmap >> subcluster) & 1,
+            (bitmap >> (32 + subcluster)) & 1,
+        ) {
             (0, 0) => Found::Base,
             (0, _) => Found::Zero,
             (_, 0) => Found::Data(self.pointer(descriptor, COPIED) + subcluster * self.block()),

@@ -47,7 +47,7 @@ impl Image {
 
     fn number(&self, at: u64, length: u64) -> u64 {
         let bytes = &self.bytes[at as usize..(at + length) as usize];
-        bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte))
+        bytes.iter().fold(0, |n, byte| (n << 8) | u64::from(*byte))
     }
 
     fn pointer(&self, at: u64) -> u64 {
