@@ -195,6 +195,7 @@ tests() {
     rm -r -- "$fs/other"
     make_it install FILTERDIR="$fs/third" MANDIR="$fs/third/man"
     echo 'of somebody else' >"$fs/third/nbdkit-cow-filter.so"
+    echo 'no path' >>"$record"
     make_it uninstall
     holds "$fs/third/nbdkit-cow-filter.so" 'of somebody else'
     rm -r -- "$fs/third"

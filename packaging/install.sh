@@ -40,7 +40,9 @@ if [ -z "$destdir" ]; then
     record=$(realpath -ms -- "$state/nbdkit-cow-filter/installed")
 fi
 recorded=()
-[ -z "$record" ] || [ ! -e "$record" ] || mapfile -t recorded <"$record"
+if [ -n "$record" ] && [ -e "$record" ]; then
+    mapfile -t recorded < <(grep -xE '/.*/nbdkit-cow-filter\.so|/.*/man1/nbdkit-cow-filter\.1' -- "$record")
+fi
 
 # Whether the first argument is one of the others.
 is_among() {
