@@ -34,6 +34,8 @@
 //! was written, an untouched 7 EiB disk takes one node, and zeroing takes
 //! neither a word per block nor time per block.
 
+mod leaf;
+
 use std::alloc::{self, Layout};
 use std::array;
 use std::ops::Range;
@@ -41,7 +43,8 @@ use std::ptr;
 
 use crate::block::BlockNum;
 use crate::error::{Error, Result};
-use crate::sync::{AtomicPtr, AtomicU64, Ordering};
+use crate::sync::{AtomicPtr, Ordering};
+use leaf::{ALL_ZERO, BLOCKS_PER_LEAF, BLOCKS_PER_WORD, Leaf, WORDS_PER_LEAF};
 
 /// Where the bytes of a block are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,22 +57,12 @@ pub enum State {
     Zero,
 }
 
-const BLOCKS_PER_WORD: u64 = 32;
-/// (The model checker can't cope with many atomics, and needs no more than two of
-/// anything to find a mistake.)
-const WORDS_PER_LEAF: u64 = if cfg!(loom) { 2 } else { 64 };
-const BLOCKS_PER_LEAF: u64 = BLOCKS_PER_WORD * WORDS_PER_LEAF;
 const SLOTS_SHIFT: u32 = if cfg!(loom) { 1 } else { 9 };
 const SLOTS: usize = 1 << SLOTS_SHIFT;
 
 /// 8 EiB in the smallest blocks; no disk is larger. With five levels of nodes the
 /// tree spans 2^56 blocks, so no shift of a block number overflows.
 const MAX_BLOCKS: u64 = 1 << (63 - 9);
-
-/// A word in which every block is *zero*.
-const ALL_ZERO: u64 = 0xffff_ffff_0000_0000;
-
-struct Leaf([AtomicU64; WORDS_PER_LEAF as usize]);
 
 /// A slot points to another node, to a leaf on the lowest level, or nowhere.
 struct Node([AtomicPtr<u8>; SLOTS]);
@@ -388,84 +381,6 @@ fn grow<T>(slot: &AtomicPtr<u8>, old: *mut u8, make: impl FnOnce() -> T) -> Resu
 impl Node {
     fn new() -> Self {
         Node(array::from_fn(|_| AtomicPtr::new(ptr::null_mut())))
-    }
-}
-
-/// The state of the block with number `bit` in a word.
-fn state_in(word: u64, bit: u64) -> State {
-    if (word >> bit) & 1 != 0 {
-        State::Data
-    } else if (word >> (bit + BLOCKS_PER_WORD)) & 1 != 0 {
-        State::Zero
-    } else {
-        State::Base
-    }
-}
-
-/// How many blocks of a word, from the one with number `bit` on, are in `state`.
-fn same_from(word: u64, bit: u64, state: State) -> u64 {
-    let (data, zero) = (word as u32, (word >> BLOCKS_PER_WORD) as u32);
-    let same = match state {
-        State::Base => !(data | zero),
-        State::Data => data,
-        State::Zero => zero,
-    };
-    u64::from((same >> bit).trailing_ones()).min(BLOCKS_PER_WORD - bit)
-}
-
-impl Leaf {
-    fn new(word: u64) -> Self {
-        Leaf(array::from_fn(|_| AtomicU64::new(word)))
-    }
-
-    fn word(&self, block: u64) -> &AtomicU64 {
-        &self.0[(block / BLOCKS_PER_WORD % WORDS_PER_LEAF) as usize]
-    }
-
-    /// The state of block `at`, and the end of the run that starts there, at most `end`.
-    fn run(&self, at: u64, end: u64) -> (State, u64) {
-        let word = self.word(at).load(Ordering::Acquire);
-        let bit = at % BLOCKS_PER_WORD;
-        let state = state_in(word, bit);
-        let mut at = at + same_from(word, bit, state);
-        while at < end && at % BLOCKS_PER_WORD == 0 {
-            let same = same_from(self.word(at).load(Ordering::Acquire), 0, state);
-            at += same;
-            if same == 0 {
-                break;
-            }
-        }
-        (state, at.min(end))
-    }
-
-    fn update(&self, mut at: u64, end: u64, f: impl Fn(u64, u64) -> u64) -> bool {
-        let mut changed = false;
-        while at < end {
-            let count = (BLOCKS_PER_WORD - at % BLOCKS_PER_WORD).min(end - at);
-            changed |= self.update_word(at, count, &f);
-            at += count;
-        }
-        changed
-    }
-
-    /// The same for `count` blocks of one word, from block `at` on.
-    fn update_word(&self, at: u64, count: u64, f: impl Fn(u64, u64) -> u64) -> bool {
-        let mask = ((1 << count) - 1) << (at % BLOCKS_PER_WORD);
-        let word = self.word(at);
-        let mut old = word.load(Ordering::Relaxed);
-        loop {
-            let new = f(old, mask);
-            // A sweep over blocks that are right already, the common case when a
-            // disk is written twice, must not take the cache line from readers.
-            if new == old {
-                return false;
-            }
-            // Release: invariant 3.
-            match word.compare_exchange_weak(old, new, Ordering::Release, Ordering::Relaxed) {
-                Ok(_) => return true,
-                Err(present) => old = present,
-            }
-        }
     }
 }
 
