@@ -234,3 +234,38 @@ fn only_a_fast_zero_is_not_supported() {
         "#,
     );
 }
+
+/// A file system may tell of a write that it has lost only once, with that write or a
+/// later one: repeating the call and forgetting the error would lose it.
+#[test]
+fn an_error_that_the_overlay_tells_of_once_reaches_the_client() {
+    let base = Base::new(&noise(1, 4 << 20));
+    let files = scratch();
+    let kept = format!("cow-overlay={}/diff.qcow2", files.path().display());
+    for overlay in ["cow-scope=export", &kept] {
+        for (errno, code) in [("ENOSPC:when=1", "ENOSPC"), ("EIO:when=1", "EIO")] {
+            let server = Server::start(&["file", base.path(), overlay]);
+            // An image is made for the first client.
+            server.nbdsh("h.pwrite(b'x' * 512, 3 * M)");
+            for write in [
+                "h.pwrite, noise(4 * K, 2), 64 * K",
+                "h.pwrite, noise(M, 2), M",
+                "h.pwrite, b'x' * 512, 2 * M + 100",
+                "h.pwrite, b'x' * 512, 64 * K + 100",
+            ] {
+                let failing = Failing::start(&server, "pwrite64", errno, &files.path().join("log"));
+                server.nbdsh(&format!("refused('{code}', {write})"));
+                drop(failing);
+                server.nbdsh(&format!("({write})[0](*({write})[1:])"));
+            }
+            server.nbdsh(
+                r#"
+                same(h.pread(M, M), noise(M, 2))
+                same(h.pread(512, 64 * K + 100), b"x" * 512)
+                same(h.pread(512, 2 * M + 100), b"x" * 512)
+                "#,
+            );
+            server.stop();
+        }
+    }
+}
