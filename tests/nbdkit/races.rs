@@ -2,7 +2,9 @@
 //! takes two milliseconds, writes to the same block are acknowledged while fills
 //! are under way, and none of them may be undone.
 
-use crate::harness::{Base, Setup, noise};
+use std::fs;
+
+use crate::harness::{Base, Setup, noise, scratch};
 
 const BLOCK: usize = 64 << 10;
 
@@ -209,6 +211,84 @@ fn no_partial_write_is_lost_beside_another_of_the_same_block() {
             flight.write(connections[number % 4], data, start)
             expected[start:start + 512] = data
         flight.finish()
+        same(read(h), expected)
+        "#,
+    );
+}
+
+/// A write that waits for the base is older than one that is acknowledged meanwhile, and
+/// must not land over it: the newer one may have been flushed, and the client of the older
+/// one may have gone.
+#[test]
+fn a_write_that_waits_for_the_base_does_not_land_over_a_newer_one() {
+    let base = Base::new(&noise(5, 64 * BLOCK));
+    let files = scratch();
+    let [asked, stalled] = ["asked", "stalled"].map(|name| files.path().join(name));
+    fs::write(&stalled, "").expect("a file");
+    // It tells what it was asked for, and then waits as long as the file is there.
+    let pread = format!(
+        "pread=echo $4 >>{}; while [ -e {} ]; do sleep 0.05; done; \
+         dd if={} skip=$4 count=$3 iflag=skip_bytes,count_bytes status=none",
+        asked.display(),
+        stalled.display(),
+        base.path()
+    );
+    let size = format!("get_size=echo {}", 64 * BLOCK);
+    let server = Setup::new().start(&[
+        "eval",
+        "thread_model=echo parallel",
+        &size,
+        &pread,
+        "cow-block-size=64K",
+    ]);
+    server.nbdsh_with(
+        &[
+            base.path(),
+            asked.to_str().unwrap(),
+            stalled.to_str().unwrap(),
+        ],
+        r#"
+        older, newer = [connect() for _ in range(12)], connect()
+        expected = bytearray(open(ARGS[0], "rb").read())
+        B = 64 * K
+
+        def waiting():
+            return open(ARGS[1]).read().count("\n") if os.path.exists(ARGS[1]) else 0
+
+        def write(c, length, start):
+            buffer = nbd.Buffer.from_bytearray(bytearray(b"o" * length))
+            return buffer, c.aio_pwrite(buffer, start)
+
+        # What the older one asks for, and what the newer one leaves of its bytes.
+        requests = [
+            (lambda c, start: write(c, 512, start + 1000), 1000, 512, b"o"),
+            (lambda c, start: write(c, 512, start + B - 256), B - 256, 512, b"o"),
+            (lambda c, start: (None, c.aio_zero(512, start + 1000)), 1000, 512, b"\0"),
+        ]
+        changes = [
+            (lambda start: newer.pwrite(b"n" * B, start), b"n"),
+            (lambda start: newer.zero(B, start), b"\0"),
+            (lambda start: newer.zero(B, start, NO_HOLE), b"\0"),
+            (lambda start: newer.trim(B, start), b"\0"),
+        ]
+        flying = []
+        for request, offset, length, old in requests:
+            for change, new in changes:
+                start = 4 * len(flying) * B
+                before = waiting()
+                c = older[len(flying)]
+                flying.append((c, *request(c, start)))
+                while waiting() == before:
+                    c.poll(10)
+                change(start)
+                expected[start + offset:start + offset + length] = old * length
+                expected[start:start + B] = new * B
+        newer.flush()
+        assert not any(c.aio_command_completed(cookie) for c, _, cookie in flying), "none waited"
+        os.unlink(ARGS[2])
+        for c, _, cookie in flying:
+            while not c.aio_command_completed(cookie):
+                c.poll(-1)
         same(read(h), expected)
         "#,
     );
