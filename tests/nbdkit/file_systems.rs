@@ -230,3 +230,26 @@ on_each! {
     btrfs: Mount::formatted("btrfs"), true;
     tmpfs: Mount::tmpfs("64M"), false;
 }
+
+/// A block that is trimmed or zeroed piece by piece is all zeroes in the end, and keeps
+/// no space.
+#[test]
+fn a_block_that_is_trimmed_piece_by_piece_gives_its_space_back() {
+    for (block_size, piece) in [("64K", "4 * K"), ("4096", "512")] {
+        for clear in ["h.trim", "h.zero"] {
+            let base = Base::new(&noise(4, 4 << 20));
+            let block_size = format!("cow-block-size={block_size}");
+            let server = Server::start(&["file", base.path(), &block_size]);
+            server.nbdsh("h.pwrite(noise(4 * M, 1), 0)");
+            assert!(server.overlay_bytes() >= 4 << 20);
+            server.nbdsh(&format!(
+                "pieces = list(range(0, 4 * M, {piece}))\n\
+                 random.Random(1).shuffle(pieces)\n\
+                 for start in pieces: {clear}({piece}, start)\n\
+                 same(read(h), bytes(4 * M))"
+            ));
+            let is_back = eventually(LIMIT, || server.overlay_bytes() == 0);
+            assert!(is_back, "{} bytes after {clear}", server.overlay_bytes());
+        }
+    }
+}

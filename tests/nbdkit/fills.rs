@@ -202,3 +202,56 @@ fn blocks_that_were_filled_by_reads_and_caches_hold_the_base() {
         "#,
     );
 }
+
+/// A sector of the base that can't be read fails only requests for it, not those for
+/// others of its block: neither copies of the block nor writes over the bad sector.
+#[test]
+fn a_bad_sector_of_the_base_fails_only_what_asks_for_it() {
+    let base = Base::new(&noise(6, 1 << 20));
+    let bad = 300 << 10;
+    let pread = format!(
+        "pread=if [ $4 -lt {0} ] && [ $(($4 + $3)) -gt {bad} ]; then echo EIO bad sector >&2; exit 1; fi; \
+         dd if={1} skip=$4 count=$3 iflag=skip_bytes,count_bytes status=none",
+        bad + 512,
+        base.path()
+    );
+    for copying in ["cow-on-read=true", "cow-on-cache=true"] {
+        let server = Setup::new().start(&[
+            "eval",
+            "thread_model=echo parallel",
+            "get_size=echo 1M",
+            &pread,
+            "cow-block-size=64K",
+            copying,
+        ]);
+        server.nbdsh_with(
+            &[base.path()],
+            r#"
+            base = open(ARGS[0], "rb").read()
+            bad = 300 * K
+            refused("EIO", h.pread, 512, bad)
+            for start in [bad - 512, bad + 512, 256 * K, 319 * K + 512]:
+                same(h.pread(512, start), base[start:start + 512], start)
+                h.cache(512, start)
+            # Around the bad sector everything can be had, and it can be written over.
+            h.pwrite(b"n" * 512, bad)
+            expected = base[:bad] + b"n" * 512 + base[bad + 512:]
+            same(read(h, step=64 * K), expected)
+            "#,
+        );
+    }
+}
+
+/// A copy of a block is not what the client has asked for: it must not need the memory.
+#[test]
+fn a_block_that_memory_has_no_room_for_is_read_without_a_copy() {
+    for copying in ["cow-on-read=true", "cow-on-cache=true"] {
+        let server = Setup::new().under(&["prlimit", "--as=1500000000"]).start(&[
+            "memory",
+            "4G",
+            "cow-block-size=2G",
+            copying,
+        ]);
+        server.nbdsh("same(h.pread(512, 3 * G), bytes(512)); h.cache(512, 3 * G)");
+    }
+}
