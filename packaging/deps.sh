@@ -61,7 +61,6 @@ shellcheck         check  shellcheck
 qemu-utils         bench  qemu-nbd
 libnbd-bin         bench  nbdcopy
 valgrind           bench  valgrind
-util-linux         bench  taskset
 TABLE
 }
 

@@ -11,11 +11,13 @@
 //!
 //! - [`report`], [`plot`]: what the rows look like
 //! - [`workloads`], [`kept`], [`disks`], [`maps`], [`instructions`]: the rows, each a function to measure with
+//! - [`processor`]: what the requests of a load cost
 //! - [`lab`]: directories, disks, and cells of a load
 //! - [`targets`]: what the rows should be
 //! - [`runner`]: rounds, and the statistics over them
 //! - [`fio`], [`nbd`]: load generators
-//! - [`systems`]: what is compared, as running servers
+//! - [`systems`]: what is compared, and how it is started
+//! - [`server`]: one that runs
 //! - [`filters`]: the files of the filters
 //! - [`command`]: children with a time limit
 //! - [`machine`]: what it ran on
@@ -36,8 +38,10 @@ mod machine;
 mod maps;
 mod nbd;
 mod plot;
+mod processor;
 mod report;
 mod runner;
+mod server;
 mod systems;
 mod targets;
 mod workloads;
@@ -131,9 +135,9 @@ fn failures(rows: &[Row]) -> Vec<Failed> {
             let reasons = row.failures.get(&system).into_iter().flatten();
             failed.extend(reasons.map(|reason| (row.title.clone(), system, reason.clone())));
         }
-        if failed.len() == before && row.shown(row.subject()).is_none() {
+        if failed.len() == before && row.shown(row.subject).is_none() {
             let reason = "nothing to compare with".into();
-            failed.push((row.title.clone(), row.subject(), reason));
+            failed.push((row.title.clone(), row.subject, reason));
         }
     }
     failed

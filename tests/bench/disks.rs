@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use super::lab::scratch_in_memory;
 use super::nbd::Request;
 use super::runner::{self, Cell, Effort, Failure, Kind, Measured, ONCE, Row, Spread};
-use super::systems::{Server, Setup, System, sparse};
+use super::server::Server;
+use super::systems::{Setup, System, sparse};
 
 const MIB: f64 = (1 << 20) as f64;
 const SIZES: [(&str, u64); 4] = [

@@ -16,7 +16,7 @@ use nbdkit_cow_filter::block::{BlockSize, ByteRange};
 use nbdkit_cow_filter::error::Result;
 use nbdkit_cow_filter::overlay::{Overlay, Store, Zeroing};
 
-use super::systems::resident;
+use super::server::resident;
 
 const BLOCK: u64 = 4096;
 /// Blocks that are written before rewrites and reads of data are counted.

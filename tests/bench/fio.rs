@@ -22,29 +22,21 @@ pub struct Job {
     pub time: Duration,
     /// A flush after so many writes; 0: none.
     pub flush_every: u32,
-    /// fio, and by [`Setup::under`](super::systems::Setup) the server, on one
-    /// processor core: [`ON_ONE_CORE`].
-    pub one_core: bool,
 }
-
-/// Puts a command on one core. The first is in every machine.
-pub const ON_ONE_CORE: [&str; 3] = ["taskset", "-c", "0"];
 
 impl Job {
     pub fn reads_only(&self) -> bool {
         self.pattern.ends_with("read")
     }
 
+    pub fn is_random(&self) -> bool {
+        self.pattern.starts_with("rand")
+    }
+
     /// Gives requests per second.
     pub fn run(&self, uri: &str) -> Result<f64, String> {
         let share = self.size / u64::from(self.connections);
-        let mut fio = if self.one_core {
-            let mut taskset = command(ON_ONE_CORE[0]);
-            taskset.args(&ON_ONE_CORE[1..]).arg("fio");
-            taskset
-        } else {
-            command("fio")
-        };
+        let mut fio = command("fio");
         fio.args(["--name=bench", "--ioengine=nbd", "--thread"])
             .args(["--group_reporting", "--output-format=json", "--eta=never"])
             // Without calibrating a clock of its own, which takes as long as a round.

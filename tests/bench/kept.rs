@@ -18,8 +18,10 @@ use super::driver::Nothing;
 use super::fio::Job;
 use super::lab::{DISK, Lab, MEMORY, scratch};
 use super::nbd::Request;
+use super::processor::{self, scattered};
 use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
-use super::systems::{Server, Setup, System, sparse};
+use super::server::Server;
+use super::systems::{Setup, System, sparse};
 
 const BLOCK: u64 = 4096;
 
@@ -39,8 +41,7 @@ pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
 /// 4K random writes with a flush after every so many.
 fn flushes(place: &str, effort: &Effort) -> Result<Vec<Row>, String> {
     let lab = Lab::new(place, effort)?;
-    let lab = &lab;
-    let cells = [(0, "never"), (32, "32"), (1, "1")].map(|(flush_every, name)| {
+    let loads = [(0, "never"), (32, "32"), (1, "1")].map(|(flush_every, name)| {
         let job = Job {
             flush_every,
             ..lab.job("randwrite", BLOCK, 16)
@@ -51,24 +52,27 @@ fn flushes(place: &str, effort: &Effort) -> Result<Vec<Row>, String> {
             many => format!("a flush after every {many}"),
         };
         let title = format!("4K random write, 16 in flight, {how_often}");
-        let mut cell = lab.cell(&format!("kept-{name}"), &title, job);
-        cell.rounds = effort.rounds;
-        cell.systems = vec![System::Kept, System::NoFilter, System::QemuKept];
+        let mut load = lab.load(&format!("kept-{name}"), &title, job);
+        load.systems = vec![System::Kept, System::NoFilter, System::QemuKept];
         if flush_every == 0 {
             // With flushes there is nothing to compare with: it keeps nothing.
-            cell.systems.push(System::Ours);
+            load.systems.push(System::Ours);
         }
-        cell
+        load
     });
-    Ok(runner::run(cells.into()))
+    let mut rates: Vec<_> = loads.iter().map(|load| lab.rate(load)).collect();
+    for cell in &mut rates {
+        cell.rounds = effort.rounds;
+    }
+    let mut rows = runner::run(rates);
+    rows.extend(processor::rows(&lab, &loads)?);
+    Ok(rows)
 }
 
 /// What 1 % of `size` bytes is in pieces of so many, and where they are: everywhere.
 fn one_percent(size: u64, piece: u64) -> impl Iterator<Item = u64> {
     let pieces = size / piece;
-    // A step that has no factor in common with a power of two comes everywhere once.
-    let step = (pieces as f64 * 0.618) as u64 | 1;
-    (0..pieces / 100).map(move |index| index.wrapping_mul(step) % pieces * piece)
+    (0..pieces / 100).map(move |index| scattered(index, pieces) * piece)
 }
 
 /// What is written at once before a diff is saved. (In pieces of 4K, each of which costs

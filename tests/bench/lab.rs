@@ -9,10 +9,12 @@ use std::time::Duration;
 use nix::sys::statvfs::statvfs;
 use tempfile::TempDir;
 
-use super::fio::{Job, ON_ONE_CORE};
+use super::fio::Job;
 use super::machine;
+use super::nbd::Request;
 use super::runner::{Cell, Effort, Kind, Measured};
-use super::systems::{Server, Setup, System};
+use super::server::Server;
+use super::systems::{Setup, System};
 use super::targets::goals;
 
 /// Two directories: on tmpfs only the processor counts; on the disk's file
@@ -53,7 +55,8 @@ pub fn room(place: &str) -> Result<u64, String> {
 /// Complains before anything is measured, and not in the middle of it.
 pub fn need_room(effort: &Effort) -> Result<(), String> {
     for place in [MEMORY, DISK] {
-        // The disk, one overlay that has all of it, and qemu-nbd's way to count.
+        // The disk, and one overlay that has all of it with qemu-nbd's way to count, or
+        // one of each system with a part of it.
         let needed = (effort.disk * 5 / 2) as f64 / GIB;
         let free = room(place)? as f64 / GIB;
         if free < needed {
@@ -73,7 +76,9 @@ pub struct Lab {
     /// In bytes.
     pub size: u64,
     time: Duration,
-    rounds: usize,
+    pub rounds: usize,
+    /// Of the processor time.
+    pub turns: usize,
     more_time: Duration,
     more_rounds: usize,
 }
@@ -90,6 +95,7 @@ impl Lab {
             size: effort.disk,
             time: effort.time,
             rounds: effort.rounds,
+            turns: effort.turns,
             more_time: effort.more_time,
             more_rounds: effort.more_rounds,
         })
@@ -108,24 +114,49 @@ impl Lab {
             size: self.size,
             time: self.time,
             flush_every: 0,
-            one_core: false,
         }
     }
 
-    pub fn setup(&self, job: &Job) -> Setup {
+    /// A load on this disk.
+    pub fn load(&self, id: &str, title: &str, job: Job) -> Load {
+        Load {
+            id: id.into(),
+            title: title.into(),
+            job,
+            kind: Kind::Rate,
+            systems: System::ALL.to_vec(),
+            slow: false,
+            again: false,
+        }
+    }
+
+    pub fn setup(&self, load: &Load) -> Setup {
         let mut setup = Setup::disk(&self.disk);
-        if job.one_core {
-            setup.under = ON_ONE_CORE.map(String::from).to_vec();
+        if load.slow {
+            setup = setup.slow();
         }
-        if job.reads_only() {
-            setup
-        } else {
-            setup.written()
+        if load.again || !load.job.reads_only() {
+            setup = setup.written();
         }
+        setup
+    }
+
+    /// Does what has to be done before the load begins.
+    pub fn prepare(&self, load: &Load, server: &mut Server) -> Result<(), String> {
+        if !load.again {
+            return Ok(());
+        }
+        let data = vec![0x5a; 1 << 20];
+        let writes = (0..load.job.size >> 20).map(|index| Request::Write {
+            offset: index << 20,
+            data: &data,
+        });
+        let written = server.client()?.all(writes, 4);
+        written.map_err(|error| server.explain(error.to_string()))
     }
 
     /// What a row is called, by the place of its files.
-    fn named(&self, id: &str, title: &str) -> (String, String) {
+    pub fn named(&self, id: &str, title: &str) -> (String, String) {
         if self.on_disk {
             (format!("disk-{id}"), format!("{title}, on disk"))
         } else {
@@ -133,70 +164,96 @@ impl Lab {
         }
     }
 
-    pub fn cell(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
-        let setup = self.setup(&job);
-        self.load(id, title, Kind::Rate, setup, job)
-    }
-
-    /// The rate of `job` on what `setup` starts.
-    pub fn load(&self, id: &str, title: &str, kind: Kind, setup: Setup, job: Job) -> Cell<'_> {
-        let job = self.timed(id, job);
-        self.cell_with(id, title, kind, move |system| {
-            let mut server = setup.start(system, self.place())?;
-            load(&job, &mut server)
-        })
-    }
-
-    /// The job with as much time as is due to the row.
-    pub fn timed(&self, id: &str, job: Job) -> Job {
-        let time = if goals(&self.named(id, "").0).is_empty() {
-            self.time
-        } else {
-            self.more_time
+    /// The rate of a load.
+    pub fn rate<'a>(&'a self, load: &'a Load) -> Cell<'a> {
+        let job = Job {
+            time: if self.has_goals(&load.id) {
+                self.more_time
+            } else {
+                self.time
+            },
+            ..load.job
         };
-        Job { time, ..job }
+        let setup = self.setup(load);
+        let mut cell = self.cell(&load.id, &load.title, load.kind, move |system| {
+            let mut server = setup.start(system, self.place())?;
+            self.prepare(load, &mut server)?;
+            job.run(&server.uri())
+                .map_err(|error| server.explain(error).into())
+        });
+        cell.systems.clone_from(&load.systems);
+        cell
     }
 
-    pub fn cell_with<'a>(
+    fn has_goals(&self, id: &str) -> bool {
+        !goals(&self.named(id, "").0).is_empty()
+    }
+
+    pub fn cell<'a>(
         &'a self,
         id: &str,
         title: &str,
         kind: Kind,
         measure: impl FnMut(System) -> Measured + 'a,
     ) -> Cell<'a> {
+        let rounds = if self.has_goals(id) {
+            self.more_rounds
+        } else {
+            self.rounds
+        };
         let (id, title) = self.named(id, title);
         Cell {
-            // Two systems on two cores take turns at being lucky; one core is fair.
-            rounds: if goals(&id).is_empty() || id.ends_with("-one-core") {
-                self.rounds
-            } else {
-                self.more_rounds
-            },
             id,
             title,
             kind,
+            rounds,
             systems: System::ALL.to_vec(),
             measure: Box::new(measure),
         }
     }
-
-    /// Over a base in which each read takes 5 ms: the rate can't be more than
-    /// the requests in flight by the time that one takes.
-    pub fn slow(&self, id: &str, title: &str, job: Job) -> Cell<'_> {
-        let limit = f64::from(job.depth) / DELAY.as_secs_f64();
-        let setup = self.setup(&job).slow();
-        let mut cell = self.load(id, title, Kind::OfLimit(limit), setup, job);
-        if !job.reads_only() {
-            // Without a filter a write reads nothing, so the delay is not in it.
-            cell.systems.retain(|system| *system != System::NoFilter);
-        }
-        cell
-    }
 }
 
-pub fn load(job: &Job, server: &mut Server) -> Measured {
-    job.run(&server.uri())
-        .map_err(|error| server.explain(error).into())
+/// What is done in a row: its rate and its processor time are measured.
+#[derive(Clone)]
+pub struct Load {
+    pub id: String,
+    pub title: String,
+    pub job: Job,
+    /// Of the rate.
+    pub kind: Kind,
+    /// Whose rate is measured.
+    pub systems: Vec<System>,
+    /// Each read of the disk takes 5 ms.
+    pub slow: bool,
+    /// All that is read was written before.
+    pub again: bool,
+}
+
+impl Load {
+    /// Over a base in which each read takes 5 ms.
+    pub fn slow(self) -> Load {
+        Load { slow: true, ..self }
+    }
+
+    /// The rate can't be more than the requests in flight by the time that a read of the
+    /// base takes.
+    pub fn of_limit(mut self) -> Load {
+        self.kind = Kind::OfLimit(f64::from(self.job.depth) / DELAY.as_secs_f64());
+        if !self.job.reads_only() {
+            // Without a filter a write reads nothing, so the delay is not in it.
+            self.systems.retain(|system| *system != System::NoFilter);
+        }
+        self
+    }
+
+    /// Whose processor time is measured.
+    pub fn charged(&self) -> Vec<System> {
+        if self.systems.contains(&System::Kept) {
+            self.systems.clone()
+        } else {
+            System::CHARGED.to_vec()
+        }
+    }
 }
 
 /// Bytes that are neither zero nor alike from block to block; good enough not

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use super::lab::{MEMORY, room, scratch_in_memory};
 use super::nbd::Request;
 use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
-use super::systems::{Server, Setup, System, sparse};
+use super::server::Server;
+use super::systems::{Setup, System, sparse};
 
 /// Longer than any map should take; the C filter at 4K blocks takes seconds.
 const PATIENCE: Duration = Duration::from_secs(15);

@@ -27,6 +27,8 @@ const CHUNK_ERROR: u16 = 1 << 15;
 
 const CMD_READ: u16 = 0;
 const CMD_WRITE: u16 = 1;
+const CMD_DISC: u16 = 2;
+const CMD_FLUSH: u16 = 3;
 const CMD_TRIM: u16 = 4;
 const CMD_WRITE_ZEROES: u16 = 6;
 const CMD_BLOCK_STATUS: u16 = 7;
@@ -51,6 +53,7 @@ pub enum Request<'a> {
         offset: u64,
         length: u32,
     },
+    Flush,
 }
 
 pub struct Client {
@@ -171,14 +174,19 @@ impl Client {
     }
 
     fn send(&mut self, request: Request<'_>) {
-        let (command, offset, length, data) = match request {
-            Request::Read { offset, length } => (CMD_READ, offset, length, &[][..]),
-            Request::Write { offset, data } => (CMD_WRITE, offset, data.len() as u32, data),
-            Request::Trim { offset, length } => (CMD_TRIM, offset, length, &[][..]),
-            Request::Zero { offset, length } => (CMD_WRITE_ZEROES, offset, length, &[][..]),
+        let mut payload: &[u8] = &[];
+        let (command, offset, length) = match request {
+            Request::Read { offset, length } => (CMD_READ, offset, length),
+            Request::Write { offset, data } => {
+                payload = data;
+                (CMD_WRITE, offset, data.len() as u32)
+            }
+            Request::Trim { offset, length } => (CMD_TRIM, offset, length),
+            Request::Zero { offset, length } => (CMD_WRITE_ZEROES, offset, length),
+            Request::Flush => (CMD_FLUSH, 0, 0),
         };
         self.outgoing.extend(header(command, offset, length));
-        self.outgoing.extend(data);
+        self.outgoing.extend(payload);
     }
 
     fn send_outgoing(&mut self) -> io::Result<()> {
@@ -258,10 +266,10 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        // NBD_CMD_DISC: nbdkit logs a connection that just goes away. And it logs a
+        // nbdkit logs a connection that just goes away. And it logs a
         // request where it expects an option, as from a client that it has refused.
         if self.flags != 0 {
-            let _ = self.stream.write_all(&header(2, 0, 0));
+            let _ = self.stream.write_all(&header(CMD_DISC, 0, 0));
         }
     }
 }

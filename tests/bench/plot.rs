@@ -108,14 +108,14 @@ fn line(area: &Area<'_>, row: &Row, y: i32) -> Result<(), Failed> {
     let shown = drawn().filter_map(|system| Some((system, row.shown(system)?)));
     // What the row is about comes last: what matters most is on top.
     let mut shown: Vec<_> = shown.collect();
-    shown.sort_by_key(|(system, _)| *system != row.subject());
+    shown.sort_by_key(|(system, _)| *system != row.subject);
     for (index, (system, spread)) in shown.into_iter().enumerate().rev() {
         // A little apart, so that equal ones don't hide each other.
         let y = y + (index as i32 - 1) * 6 - 3;
         let colour = colour(system);
         let ends = [(x(spread.least), y), (x(spread.most), y)];
         area.draw(&PathElement::new(ends, colour.stroke_width(2)))?;
-        let radius = if system == row.subject() { 6 } else { 4 };
+        let radius = if system == row.subject { 6 } else { 4 };
         if spread.median > MOST {
             area.draw(&arrow((x(MOST), y), radius + 2, colour))?;
         } else {

@@ -8,8 +8,28 @@ use super::runner::{Effort, Kind, Row, Spread, short};
 use super::systems::System;
 use super::targets::{goals, verdict};
 
-/// The rows of the summary, and what they are called there: as in the other tables,
-/// where nothing is given.
+/// Rows of the summary, and what they are called there: as in the other tables, where
+/// nothing is given.
+type Titles = [(&'static str, &'static str)];
+
+/// What a request costs.
+const SUMMARY_PROCESSOR: [(&str, &str); 13] = [
+    ("cpu-read-4k-16", "4K random read"),
+    ("cpu-write-4k-16", "4K random write, fresh blocks"),
+    ("cpu-read-64k-16", "64K random read"),
+    ("cpu-write-64k-16", "64K random write"),
+    ("cpu-read-256k-8", "256K random read"),
+    ("cpu-write-256k-8", "256K random write"),
+    ("cpu-read-1m-4", "1M sequential read"),
+    ("cpu-write-1m-4", "1M sequential write"),
+    ("disk-cpu-write-4k-16", "4K random write, on disk"),
+    ("disk-cpu-write-64k-16", "64K random write, on disk"),
+    ("disk-cpu-write-256k-8", "256K random write, on disk"),
+    ("disk-cpu-write-1m-4", "1M sequential write, on disk"),
+    ("cpu-write-512-16", "512-byte random write"),
+];
+
+/// How fast it is, and the rest.
 const SUMMARY: [(&str, &str); 14] = [
     ("read-4k-16", "4K random read"),
     ("write-4k-16", "4K random write, fresh blocks"),
@@ -36,7 +56,7 @@ const SUMMARY: [(&str, &str); 14] = [
     ),
 ];
 
-/// The same of the overlay that is kept.
+/// The same as [`SUMMARY`], of the overlay that is kept.
 const SUMMARY_KEPT: [(&str, &str); 8] = [
     ("kept-never", "4K random write, no flush"),
     ("kept-32", "with a flush after every 32"),
@@ -63,8 +83,11 @@ and every second round takes them the other way round.
   (`cow-block-size=4096`), *qemu-nbd --snapshot* (`-f raw --persistent -e 8`): the median over the rounds
   of the ratio to no filter in the same round, and in brackets the smallest and the largest. In a table of rates more
   is better, 1 is as fast as no filter; in a table of times less is better.
-- The rows \"all on one core\" have the client and the server there: they vary least, and say what a request costs.
-  Elsewhere the scheduler decides how well the two run side by side, and the spread is wider.
+- *Processor time of a request* is what the kernel charges the server's process for, user and system, all threads,
+  between the first request of a round and the last reply to it, divided by the requests. Work that the kernel does
+  later on its own (to write files to the disk) is not in it, and below qemu-nbd over the 5 ms base neither is the
+  nbdkit that delays. Rates depend on how well the scheduler has client and server run side by side, so their
+  spread is wider.
 - Where a row says so it is a part of the limit instead: requests in flight by the 5 ms that a read of the disk takes.
 - qemu-nbd asks the file system for holes before it reads the disk. To find that a large file has none takes tmpfs
   long, which is in the figures of its reads here. Over the 5 ms base it is spared that (nbdkit's
@@ -76,11 +99,15 @@ and every second round takes them the other way round.
 - \"-\": no figure; the notes say why, where the row is about that system at all. (With one in flight
   qemu-nbd is not measured.)
 
-The load is fio with its NBD engine over a Unix socket, one process; its own cost is in every figure alike. Copies are
-nbdcopy; maps, zeroing, trimming and memory are a small client of the benchmark's own. For each rate, copy, zeroing,
-trimming and start-up a server is started, with a fresh overlay, in which no block is written twice. Memory is that of
-a server whose start-up was measured, and the fragmented disk is written once and mapped in each round.
+The load of the rates is fio with its NBD engine over a Unix socket, one process; its own cost is in every figure
+alike. Copies are nbdcopy; processor time, maps, zeroing, trimming and memory are a small client of the benchmark's own.
+For each rate, copy, zeroing, trimming and start-up a server is started, with a fresh overlay, in which no block is
+written twice. For processor time the servers of all systems run side by side, and are asked in turn: a round is 16 MiB
+or 1024 requests, whichever is less, and no block is written twice there either. Memory is that of a server whose
+start-up was measured, and the fragmented disk is written once and mapped in each round.
 ";
+
+const PLACES: &str = "Data on tmpfs unless it says \"on disk\".\n\n";
 
 fn ranged(spread: Spread) -> String {
     if spread.least == spread.most {
@@ -94,14 +121,23 @@ fn ranged(spread: Spread) -> String {
     format!("{} ({}..{})", short(median), short(least), short(most))
 }
 
-/// Two tables small enough for the README at the top.
+/// Tables small enough for the README at the top. What a request costs comes first: it
+/// is what varies least.
 pub fn summary(rows: &[Row]) -> String {
-    let kept = small_table(rows, &SUMMARY_KEPT, &System::KEPT);
-    small_table(rows, &SUMMARY, &System::COMPARED) + "\n" + &kept
+    let processor = small_table(
+        rows,
+        "processor time of a request, as a ratio to no filter",
+        &SUMMARY_PROCESSOR,
+        &System::COMPARED_AND_KEPT,
+    );
+    let what = "ratio to no filter, or as said";
+    let others = small_table(rows, what, &SUMMARY, &System::COMPARED);
+    let kept = small_table(rows, what, &SUMMARY_KEPT, &System::KEPT);
+    [processor, others, kept].join("\n")
 }
 
-fn small_table(rows: &[Row], titles: &[(&str, &str)], systems: &[System]) -> String {
-    let mut table = String::from("| ratio to no filter, or as said |");
+fn small_table(rows: &[Row], what: &str, titles: &Titles, systems: &[System]) -> String {
+    let mut table = format!("| {what} |");
     for system in systems {
         let _ = write!(table, " {} |", system.name());
     }
@@ -131,9 +167,10 @@ pub fn page(rows: &[Row], effort: &Effort, took: Duration) -> String {
     }
     let _ = writeln!(
         page,
-        "- rounds: {} ({} for the rates that have something to reach), in {} s",
+        "- rounds: {} ({} for the rates that have something to reach, {} for the processor time), in {} s",
         effort.rounds,
         effort.more_rounds,
+        effort.turns,
         took.as_secs()
     );
     if effort.quick {
@@ -141,25 +178,34 @@ pub fn page(rows: &[Row], effort: &Effort, took: Duration) -> String {
     }
     let _ = write!(page, "\n## What the columns are\n\n{COLUMNS}");
     let mut notes = Notes::default();
-    page.push_str("\n## Rates (more is better)\n\nData on tmpfs unless it says \"on disk\".\n\n");
-    let rates = |row: &&Row| matches!(row.kind, Kind::Rate | Kind::OfLimit(_));
     let plain = || rows.iter().filter(|row| !row.is_kept());
+    let kept = || rows.iter().filter(|row| row.is_kept());
     let compared = System::COMPARED.as_slice();
+    let processor = |row: &&Row| row.kind == Kind::Processor;
+    let rates = |row: &&Row| matches!(row.kind, Kind::Rate | Kind::OfLimit(_));
+    let amounts = |row: &&Row| matches!(row.kind, Kind::Amount(_));
+
+    page.push_str("\n## Processor time of a request (less is better)\n\n");
+    page.push_str(PLACES);
+    let and_kept = System::COMPARED_AND_KEPT.as_slice();
+    page.push_str(&table(plain().filter(processor), and_kept, &mut notes));
+    page.push_str("\n## Rates (more is better)\n\n");
+    page.push_str(PLACES);
     page.push_str(&table(plain().filter(rates), compared, &mut notes));
     page.push_str("\n## Times (less is better)\n\n");
     let times = plain().filter(|row| row.kind == Kind::Time);
     page.push_str(&table(times, compared, &mut notes));
     page.push_str("\nThe \"no filter\" of the fragmented disk is a plugin that does nothing but add as many extents.\n");
     page.push_str("\n## Amounts (less is better, not ratios)\n\n");
-    let amounts = |row: &&Row| matches!(row.kind, Kind::Amount(_));
     page.push_str(&table(plain().filter(amounts), compared, &mut notes));
     page.push_str(
         "\n\"Core\" rows are counted in the core of the filter without nbdkit, over a base and a store that do \
          nothing. Instructions are callgrind's, and those of the kernel too perf's, where the \
          machine lets it count.\n",
     );
-    page.push_str("\n## An overlay that is kept\n\nRates (more is better), as ratios:\n\n");
-    let kept = || rows.iter().filter(|row| row.is_kept());
+    page.push_str("\n## An overlay that is kept\n\nProcessor time of a request (less is better), as ratios:\n\n");
+    page.push_str(&table(kept().filter(processor), &System::KEPT, &mut notes));
+    page.push_str("\nRates (more is better), as ratios:\n\n");
     page.push_str(&table(kept().filter(rates), &System::KEPT, &mut notes));
     page.push_str("\nTimes (less is better), as they are:\n\n");
     page.push_str(&table(kept().filter(amounts), &System::KEPT, &mut notes));
@@ -207,7 +253,7 @@ fn full_title(row: &Row) -> String {
     match row.kind {
         Kind::OfLimit(limit) => format!("{} (part of {}/s)", row.title, short(limit)),
         Kind::Amount(unit) => format!("{} ({unit})", row.title),
-        Kind::Rate | Kind::Time => row.title.clone(),
+        Kind::Rate | Kind::Processor | Kind::Time => row.title.clone(),
     }
 }
 
@@ -220,6 +266,7 @@ fn no_filter(row: &Row, notes: &mut Notes) -> String {
         }
         (Kind::Rate, Some(own)) => format!("{}/s", short(own.median)),
         (Kind::OfLimit(limit), Some(own)) => short(own.median / limit),
+        (Kind::Processor, Some(own)) => format!("{} µs", short(own.median * 1e6)),
         (Kind::Time, Some(own)) => format!("{} ms", short(own.median * 1000.0)),
         (Kind::Amount(_), Some(own)) => ranged(own),
     };

@@ -14,6 +14,9 @@ use super::systems::System;
 /// A competitor whose figure takes longer is not asked for another.
 const LONG: Duration = Duration::from_millis(1500);
 
+/// In every so many rounds of processor time all systems are asked.
+const BESIDE: usize = 4;
+
 /// Why it has a figure from one round only.
 pub const ONCE: &str = "measured in the first round only, because it takes so long";
 
@@ -21,6 +24,8 @@ pub const ONCE: &str = "measured in the first round only, because it takes so lo
 pub struct Effort {
     pub quick: bool,
     pub rounds: usize,
+    /// Rounds of the processor time, which are short.
+    pub turns: usize,
     /// Of one run of fio.
     pub time: Duration,
     /// The same for the rates that have something to reach.
@@ -33,15 +38,17 @@ pub struct Effort {
 impl Effort {
     pub const FULL: Effort = Effort {
         quick: false,
-        rounds: 5,
+        rounds: 3,
+        turns: 40,
         time: Duration::from_millis(80),
-        more_rounds: 7,
+        more_rounds: 5,
         more_time: Duration::from_millis(250),
         disk: 1 << 30,
     };
     pub const QUICK: Effort = Effort {
         quick: true,
         rounds: 1,
+        turns: 5,
         time: Duration::from_millis(60),
         more_rounds: 2,
         more_time: Duration::from_millis(100),
@@ -56,6 +63,8 @@ pub enum Kind {
     Rate,
     /// Requests per second, as a fraction of this many.
     OfLimit(f64),
+    /// Seconds of processor time for a request; the others as a ratio to "no filter".
+    Processor,
     /// Seconds; the others as a ratio to "no filter".
     Time,
     /// A number with a unit, shown as it is.
@@ -63,6 +72,7 @@ pub enum Kind {
 }
 
 /// Why a system has no figure.
+#[derive(Clone)]
 pub enum Failure {
     /// It may do better in the next round.
     ThisTime(String),
@@ -101,6 +111,8 @@ pub struct Row {
     pub id: String,
     pub title: String,
     pub kind: Kind,
+    /// The system that the row is about: the first of its systems.
+    pub subject: System,
     pub figures: BTreeMap<System, Vec<Option<f64>>>,
     /// Why figures are missing that should be there.
     pub failures: BTreeMap<System, BTreeSet<String>>,
@@ -141,6 +153,7 @@ impl Row {
             id: id.into(),
             title: title.into(),
             kind: Kind::Amount(unit),
+            subject: System::Ours,
             figures: figures.collect(),
             failures: BTreeMap::new(),
             notes: BTreeMap::new(),
@@ -153,16 +166,7 @@ impl Row {
 
     /// Whether the row is about the overlay that is kept.
     pub fn is_kept(&self) -> bool {
-        self.figures.contains_key(&System::Kept)
-    }
-
-    /// The system that the row is about.
-    pub fn subject(&self) -> System {
-        if self.is_kept() {
-            System::Kept
-        } else {
-            System::Ours
-        }
+        self.subject == System::Kept
     }
 
     /// The system's own figures.
@@ -194,7 +198,7 @@ impl Row {
     /// What the table shows for a system: see [`Kind`].
     pub fn shown(&self, system: System) -> Option<Spread> {
         match self.kind {
-            Kind::Rate | Kind::Time => self.ratio(system, System::NoFilter),
+            Kind::Rate | Kind::Processor | Kind::Time => self.ratio(system, System::NoFilter),
             Kind::OfLimit(limit) => self.own(system).map(|own| Spread {
                 least: own.least / limit,
                 median: own.median / limit,
@@ -233,7 +237,7 @@ pub fn run(mut cells: Vec<Cell<'_>>) -> Vec<Row> {
             }
             for system in order(&cell.systems, round) {
                 let mut figure = None;
-                if !given_up.contains(&(index, system)) {
+                if rows[index].is_asked(system, round) && !given_up.contains(&(index, system)) {
                     let start = Instant::now();
                     match (cell.measure)(system) {
                         Ok(number) => {
@@ -257,7 +261,10 @@ pub fn run(mut cells: Vec<Cell<'_>>) -> Vec<Row> {
                 let figures = rows[index].figures.entry(system).or_default();
                 figures.push(figure);
             }
-            rows[index].progress(round + 1, cell.rounds);
+            // Rounds of milliseconds don't each need a line.
+            if cell.kind != Kind::Processor || round + 1 == cell.rounds {
+                rows[index].progress(round + 1, cell.rounds);
+            }
         }
     }
     rows
@@ -279,16 +286,27 @@ impl Row {
             id: cell.id.clone(),
             title: cell.title.clone(),
             kind: cell.kind,
+            subject: cell.systems[0],
             figures: cell.systems.iter().map(|s| (*s, Vec::new())).collect(),
             failures: BTreeMap::new(),
             notes: BTreeMap::new(),
         }
     }
 
-    /// Rates take as long as they are given, so there it would say nothing.
+    /// Loads take as long as they are given, so there it would say nothing.
     fn once_will_do(&self, system: System) -> bool {
-        let rate = matches!(self.kind, Kind::Rate | Kind::OfLimit(_));
-        !rate && system != self.subject() && system != System::NoFilter
+        let load = matches!(self.kind, Kind::Rate | Kind::OfLimit(_) | Kind::Processor);
+        !load && self.is_beside(system)
+    }
+
+    /// Whether the system is one of those that only show where the others are.
+    fn is_beside(&self, system: System) -> bool {
+        ![self.subject, System::NoFilter, System::Kept].contains(&system)
+    }
+
+    /// Few of the many rounds of processor time are for those.
+    fn is_asked(&self, system: System, round: usize) -> bool {
+        self.kind != Kind::Processor || !self.is_beside(system) || round % BESIDE == 0
     }
 
     pub fn failed(&mut self, system: System, reason: String) {
@@ -304,12 +322,17 @@ impl Row {
 
     fn progress(&self, round: usize, rounds: usize) {
         let last = |system| {
-            self.figures
+            let figure = self
+                .figures
                 .get(&system)
-                .and_then(|figures| *figures.last()?)
+                .and_then(|figures| *figures.last()?);
+            figure.map_or("-".into(), |figure| match self.kind {
+                Kind::Processor => format!("{:.2} us", figure * 1e6),
+                _ => format!("{figure:.4}"),
+            })
         };
-        let ours = last(self.subject()).map_or("-".into(), |figure| format!("{figure:.4}"));
-        let none = last(System::NoFilter).map_or("-".into(), |figure| format!("{figure:.4}"));
+        let ours = last(self.subject);
+        let none = last(System::NoFilter);
         eprintln!("{round}/{rounds} {}: {ours}, no filter {none}", self.title);
     }
 }
