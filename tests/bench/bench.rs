@@ -10,7 +10,8 @@
 //! Dependencies point one way, down this list:
 //!
 //! - [`report`], [`plot`]: what the rows look like
-//! - [`workloads`], [`kept`], [`disks`], [`maps`], [`instructions`]: the rows, each a function to measure with
+//! - [`workloads`], [`kept`], [`disks`], [`reclaim`], [`maps`], [`instructions`]: the rows, each a function to
+//!   measure with
 //! - [`processor`]: what the requests of a load cost
 //! - [`lab`]: directories, disks, and cells of a load
 //! - [`targets`]: what the rows should be
@@ -39,6 +40,7 @@ mod maps;
 mod nbd;
 mod plot;
 mod processor;
+mod reclaim;
 mod report;
 mod runner;
 mod server;
@@ -107,11 +109,12 @@ fn bench(effort: &Effort) -> Result<Vec<Failed>, Box<dyn std::error::Error>> {
 type Part = fn(&Effort) -> Result<Vec<Row>, String>;
 
 /// One after the other: each gives back its files before the next makes its own.
-const PARTS: [(&str, Part); 6] = [
+const PARTS: [(&str, Part); 7] = [
     ("rates on tmpfs", workloads::on_memory),
     ("rates on disk", workloads::on_disk),
     ("the overlay that is kept", kept::all),
     ("whole disks", disks::all),
+    ("space that is given back", reclaim::all),
     ("maps", maps::all),
     ("instructions and memory", instructions::all),
 ];

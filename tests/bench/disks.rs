@@ -27,6 +27,9 @@ const STEP: u64 = 2 << 30;
 /// A start-up that takes less is measured three times.
 const LONG: Duration = Duration::from_millis(100);
 
+/// Why there is no figure of a request that a server does not take.
+pub const NOT_OFFERED: &str = "does not offer such requests to its clients";
+
 #[derive(Clone, Copy, PartialEq)]
 enum Discard {
     Zero,
@@ -136,8 +139,7 @@ fn discard_all(
         Discard::Trim => client.can_trim(),
     };
     if !offered {
-        let reason = "does not offer such requests to its clients";
-        return Err(Failure::Always(reason.into()));
+        return Err(Failure::Always(NOT_OFFERED.into()));
     }
     client.limit(patience);
     let requests = (0..WHOLE / STEP).map(|index| {
@@ -159,7 +161,7 @@ fn discard_all(
 }
 
 /// Also where no reply at all came for as long as the socket waits.
-fn is_too_slow(error: &std::io::Error) -> bool {
+pub fn is_too_slow(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{TimedOut, WouldBlock};
     matches!(error.kind(), TimedOut | WouldBlock)
 }

@@ -33,6 +33,11 @@ const CMD_TRIM: u16 = 4;
 const CMD_WRITE_ZEROES: u16 = 6;
 const CMD_BLOCK_STATUS: u16 = 7;
 
+const FLAG_NO_HOLE: u16 = 1 << 1;
+
+/// How long a server may say nothing at all.
+const SILENCE: Duration = Duration::from_secs(20);
+
 /// What is asked with one request of up to 4 GiB.
 #[derive(Clone, Copy)]
 pub enum Request<'a> {
@@ -50,6 +55,11 @@ pub enum Request<'a> {
     },
     /// The space may be given back.
     Zero {
+        offset: u64,
+        length: u32,
+    },
+    /// The space must stay.
+    ZeroNoHole {
         offset: u64,
         length: u32,
     },
@@ -77,8 +87,8 @@ impl Client {
     /// The default export, with structured replies and base:allocation.
     pub fn connect(socket: &Path) -> io::Result<Client> {
         let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-        stream.set_write_timeout(Some(Duration::from_secs(20)))?;
+        stream.set_read_timeout(Some(SILENCE))?;
+        stream.set_write_timeout(Some(SILENCE))?;
         let mut client = Client {
             reader: BufReader::with_capacity(1 << 18, stream.try_clone()?),
             stream,
@@ -105,6 +115,8 @@ impl Client {
     /// From now on requests fail with `TimedOut` after this time.
     pub fn limit(&mut self, limit: Duration) {
         self.deadline = Some(Instant::now() + limit);
+        // If that fails, it waits as long as before.
+        let _ = self.stream.set_read_timeout(Some(limit.max(SILENCE)));
     }
 
     fn negotiate(&mut self) -> io::Result<()> {
@@ -174,6 +186,7 @@ impl Client {
     }
 
     fn send(&mut self, request: Request<'_>) {
+        let mut flags = 0;
         let mut payload: &[u8] = &[];
         let (command, offset, length) = match request {
             Request::Read { offset, length } => (CMD_READ, offset, length),
@@ -183,9 +196,13 @@ impl Client {
             }
             Request::Trim { offset, length } => (CMD_TRIM, offset, length),
             Request::Zero { offset, length } => (CMD_WRITE_ZEROES, offset, length),
+            Request::ZeroNoHole { offset, length } => {
+                flags = FLAG_NO_HOLE;
+                (CMD_WRITE_ZEROES, offset, length)
+            }
             Request::Flush => (CMD_FLUSH, 0, 0),
         };
-        self.outgoing.extend(header(command, offset, length));
+        self.outgoing.extend(header(command, flags, offset, length));
         self.outgoing.extend(payload);
     }
 
@@ -204,7 +221,7 @@ impl Client {
         while offset < self.size {
             let length = MOST.min(self.size - offset) as u32;
             self.outgoing
-                .extend(header(CMD_BLOCK_STATUS, offset, length));
+                .extend(header(CMD_BLOCK_STATUS, 0, offset, length));
             extents.clear();
             self.reply(Some(&mut extents))?;
             if extents.is_empty() {
@@ -269,14 +286,15 @@ impl Drop for Client {
         // nbdkit logs a connection that just goes away. And it logs a
         // request where it expects an option, as from a client that it has refused.
         if self.flags != 0 {
-            let _ = self.stream.write_all(&header(CMD_DISC, 0, 0));
+            let _ = self.stream.write_all(&header(CMD_DISC, 0, 0, 0));
         }
     }
 }
 
-fn header(command: u16, offset: u64, length: u32) -> [u8; 28] {
+fn header(command: u16, flags: u16, offset: u64, length: u32) -> [u8; 28] {
     let mut bytes = [0; 28];
     bytes[..4].copy_from_slice(&REQUEST.to_be_bytes());
+    bytes[4..6].copy_from_slice(&flags.to_be_bytes());
     bytes[6..8].copy_from_slice(&command.to_be_bytes());
     // Replies may come in any order; which is which does not matter here.
     bytes[8..16].copy_from_slice(&offset.to_be_bytes());

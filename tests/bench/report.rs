@@ -30,7 +30,7 @@ const SUMMARY_PROCESSOR: [(&str, &str); 13] = [
 ];
 
 /// How fast it is, and the rest.
-const SUMMARY: [(&str, &str); 14] = [
+const SUMMARY: [(&str, &str); 16] = [
     ("read-4k-16", "4K random read"),
     ("write-4k-16", "4K random write, fresh blocks"),
     ("mix-4k-16", "4K random, 70 % reads"),
@@ -46,6 +46,8 @@ const SUMMARY: [(&str, &str); 14] = [
     ("map-1T", "map of a sparse 1T disk (times as long)"),
     ("map-fragmented", "map of a fragmented disk (times as long)"),
     ("zero-16T", "zero of 16T (seconds)"),
+    ("reclaim-trim", ""),
+    ("reclaim-trim-longest", ""),
     (
         "start-1T",
         "start-up, 1T disk (ms; for no filter see the full table)",
@@ -108,6 +110,12 @@ start-up was measured, and the fragmented disk is written once and mapped in eac
 ";
 
 const PLACES: &str = "Data on tmpfs unless it says \"on disk\".\n\n";
+
+const RECLAIM: &str = "\
+One client discards, in one request, and another overwrites 4K blocks elsewhere, with one in flight. Its longest write is
+looked for until the answer and the space are there, and before for half a second. The stored blocks are spread over 2 GiB,
+and were synced to the disk; the space is back when what the overlay takes, by `st_blocks`, is less by theirs.
+";
 
 fn ranged(spread: Spread) -> String {
     if spread.least == spread.most {
@@ -183,7 +191,8 @@ pub fn page(rows: &[Row], effort: &Effort, took: Duration) -> String {
     let compared = System::COMPARED.as_slice();
     let processor = |row: &&Row| row.kind == Kind::Processor;
     let rates = |row: &&Row| matches!(row.kind, Kind::Rate | Kind::OfLimit(_));
-    let amounts = |row: &&Row| matches!(row.kind, Kind::Amount(_));
+    let reclaim = |row: &&Row| row.id.starts_with("reclaim-");
+    let amounts = |row: &&Row| matches!(row.kind, Kind::Amount(_)) && !reclaim(row);
 
     page.push_str("\n## Processor time of a request (less is better)\n\n");
     page.push_str(PLACES);
@@ -196,6 +205,9 @@ pub fn page(rows: &[Row], effort: &Effort, took: Duration) -> String {
     let times = plain().filter(|row| row.kind == Kind::Time);
     page.push_str(&table(times, compared, &mut notes));
     page.push_str("\nThe \"no filter\" of the fragmented disk is a plugin that does nothing but add as many extents.\n");
+    page.push_str("\n## Space that is given back (less is better, not ratios)\n\n");
+    page.push_str(&table(plain().filter(reclaim), and_kept, &mut notes));
+    let _ = write!(page, "\n{RECLAIM}");
     page.push_str("\n## Amounts (less is better, not ratios)\n\n");
     page.push_str(&table(plain().filter(amounts), compared, &mut notes));
     page.push_str(
