@@ -87,7 +87,9 @@ impl Lab {
     pub fn new(place: &str, effort: &Effort) -> Result<Lab, String> {
         let scratch = scratch(place)?;
         let disk = scratch.path().join("disk.img");
-        random_file(&disk, effort.disk).map_err(|error| format!("the disk in {place}: {error}"))?;
+        random_file(&disk, effort.disk)
+            .and_then(|()| File::open(&disk)?.sync_all())
+            .map_err(|error| format!("the disk in {place}: {error}"))?;
         Ok(Lab {
             on_disk: place == DISK,
             scratch,
@@ -128,6 +130,15 @@ impl Lab {
             slow: false,
             again: false,
         }
+    }
+
+    /// Writes as much as the disk has, and removes it: what is written next gets the same
+    /// memory.
+    pub fn use_memory(&self) -> Result<(), String> {
+        let path = self.place().join("used");
+        random_file(&path, self.size)
+            .and_then(|()| std::fs::remove_file(&path))
+            .map_err(|error| format!("a file that uses memory: {error}"))
     }
 
     pub fn setup(&self, load: &Load) -> Setup {
@@ -273,5 +284,5 @@ fn random_file(path: &Path, size: u64) -> std::io::Result<()> {
         }
         file.write_all(&chunk)?;
     }
-    file.sync_all()
+    Ok(())
 }

@@ -3,9 +3,15 @@
 //!
 //! Two rates on two cores say which of two servers the scheduler was kinder to. This
 //! time does not wait for anybody, so small differences can be seen in it. What is
-//! left of noise (memory that the machine's host has to find first, a cache that a
-//! neighbour has emptied) lasts for a while, so the servers of all systems run at the
-//! same time and do a few milliseconds of work in turn. Each turn is a round.
+//! left of noise (a cache that a neighbour has emptied) lasts for a while, so the servers
+//! of all systems run at the same time and do a few milliseconds of work in turn. Each
+//! turn is a round.
+//!
+//! One thing has to be kept out. The first write to memory that a virtual machine has not
+//! had from its host yet, or has given back to it (free page reporting), costs ten times
+//! as much, and is charged to the server that happens to get it. Large writes take theirs
+//! from larger free chunks than small ones, so this does not strike all systems alike.
+//! So memory is used in the same way, and freed, just before: [`Lab::use_memory`].
 //!
 //! The load is the client of [`super::nbd`], which does exactly so many requests, and
 //! is connected before the clock is read and after: neither the threads that a
@@ -40,6 +46,7 @@ pub fn rows(lab: &Lab, loads: &[Load]) -> Result<Vec<Row>, String> {
 }
 
 fn row(lab: &Lab, load: &Load) -> Result<Row, String> {
+    lab.use_memory()?;
     let setup = lab.setup(load);
     let data = vec![0x5a; load.job.block as usize];
     let mut running: BTreeMap<System, Running> = BTreeMap::new();

@@ -90,6 +90,8 @@ and every second round takes them the other way round.
   later on its own (to write files to the disk) is not in it, and below qemu-nbd over the 5 ms base neither is the
   nbdkit that delays. Rates depend on how well the scheduler has client and server run side by side, so their
   spread is wider.
+- Memory is used and given back before each row of processor time: a virtual machine has to get it from its host first,
+  which costs many times what a write does.
 - Where a row says so it is a part of the limit instead: requests in flight by the 5 ms that a read of the disk takes.
 - qemu-nbd asks the file system for holes before it reads the disk. To find that a large file has none takes tmpfs
   long, which is in the figures of its reads here. Over the 5 ms base it is spared that (nbdkit's
