@@ -24,6 +24,7 @@ mkdir -- "$work/commands" "$work/dpkg-commands"
 for name in nbdkit pkg-config; do ln -s -- "$(type -P false)" "$work/commands/$name"; done
 while IFS= read -r -d : directory; do
     for command in "$directory"/*; do
+        [ -x "$command" ] || continue
         name=${command##*/}
         to=$work/commands
         [[ $name != dpkg* ]] || to=$work/dpkg-commands
