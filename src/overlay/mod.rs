@@ -319,15 +319,24 @@ impl<S: Store> Overlay<S> {
     }
 
     /// To be called with what came of a request that changes `range`, no stripe held. If
-    /// it has failed, the store may have taken some of its bytes. Those of blocks that
-    /// are not *data* nobody can read: their space is given back.
+    /// it has failed, the store may have taken some bytes of the blocks that it touches.
+    /// Those of blocks that are not *data* nobody can read: their space is given back.
     #[inline(always)]
     fn give_back_if_failed(&self, range: ByteRange, done: Result<()>) -> Result<()> {
         if done.is_err() {
-            self.pending.insert(range);
-            self.give_back_later();
+            self.give_back_unused(range);
         }
         done
+    }
+
+    /// Has given back what the store has of the blocks of `range` that are not *data*. No
+    /// stripe is held.
+    #[cold]
+    fn give_back_unused(&self, range: ByteRange) {
+        // A read-modify-write stores all of its block.
+        let blocks = self.block_size.touched_by(range);
+        self.pending.insert(self.bytes_of(&blocks));
+        self.give_back_later();
     }
 
     fn bytes_of(&self, blocks: &Range<BlockNum>) -> ByteRange {

@@ -98,7 +98,7 @@ pub struct Reclaim {
     overlays: Mutex<Vec<Weak<dyn GivesBack>>>,
     thread: Mutex<Thread>,
     wanted: Condvar,
-    /// How many pieces have been punched so far.
+    /// In how many pieces something has been punched so far.
     pieces: AtomicU64,
 }
 
@@ -115,10 +115,7 @@ impl Reclaim {
     pub fn run(&self) {
         let _running = Running::new(self);
         while self.wait() {
-            let is_stopped = || locked(&self.thread).is_stopped;
-            self.overlays()
-                .iter()
-                .for_each(|overlay| overlay.give_back(&is_stopped));
+            self.give_back(|| locked(&self.thread).is_stopped);
         }
     }
 
@@ -149,13 +146,16 @@ impl Reclaim {
         thread.is_running
     }
 
-    fn overlays(&self) -> Vec<Arc<dyn GivesBack>> {
-        let mut overlays = locked(&self.overlays);
-        overlays.retain(|overlay| overlay.strong_count() > 0);
-        overlays.iter().filter_map(Weak::upgrade).collect()
+    /// Gives back what is pending of all overlays.
+    fn give_back(&self, is_stopped: impl Fn() -> bool) {
+        let overlays = locked(&self.overlays).clone();
+        for overlay in overlays.iter().filter_map(Weak::upgrade) {
+            // All space of one that nobody uses any more comes back when it is dropped.
+            overlay.give_back(&|| is_stopped() || Arc::strong_count(&overlay) == 1);
+        }
     }
 
-    /// Moves on with each piece that is punched.
+    /// Moves on with each piece in which something was punched.
     #[inline]
     pub fn progress(&self) -> u64 {
         self.pieces.load(Ordering::Relaxed)
@@ -192,20 +192,27 @@ impl<S: Store> Overlay<S> {
             return false;
         };
         let begun = Instant::now();
-        // A failure loses nothing but the space: what is not data is not read. It is told
-        // once, and not tried again, which could go on for ever.
-        if let Err(e) = self.punch_unused(piece) {
-            if !self.pending.has_failed.swap(true, Ordering::Relaxed) {
-                log::warn!("space that is not needed any more can't be given back: {e}");
+        let punched = self.punch_unused(piece);
+        length.adapt(begun.elapsed());
+        match punched {
+            Ok(false) => {}
+            Ok(true) => {
+                self.reclaim.pieces.fetch_add(1, Ordering::Relaxed);
+            }
+            // It loses nothing but the space: what is not data is not read. It is told
+            // once, and not tried again, which could go on for ever.
+            Err(e) => {
+                if !self.pending.has_failed.swap(true, Ordering::Relaxed) {
+                    log::warn!("space that is not needed any more can't be given back: {e}");
+                }
             }
         }
-        length.adapt(begun.elapsed());
-        self.reclaim.pieces.fetch_add(1, Ordering::Relaxed);
         true
     }
 
-    /// Punches out what is not *data* in `piece`, which lies within one area.
-    fn punch_unused(&self, piece: ByteRange) -> Result<()> {
+    /// Punches out what is not *data* in `piece`, which lies within one area, and tells
+    /// whether there was anything.
+    fn punch_unused(&self, piece: ByteRange) -> Result<bool> {
         let blocks = self.block_size.touched_by(piece);
         self.stripes.exclusive(&blocks, |_held| {
             let mut data = Ranges::default();
@@ -214,8 +221,11 @@ impl<S: Store> Overlay<S> {
                     data.insert(self.bytes_of(&run));
                 }
             }
-            data.gaps(piece)
-                .try_for_each(|unused| self.store.punch(unused).map(drop))
+            let mut has_punched = false;
+            for unused in data.gaps(piece) {
+                has_punched |= self.store.punch(unused)?;
+            }
+            Ok(has_punched)
         })
     }
 
@@ -230,9 +240,7 @@ impl<S: Store> Overlay<S> {
     /// Makes what room there is to be had. No stripe is held.
     pub(super) fn make_room(&self) {
         self.give_back();
-        for overlay in self.reclaim.overlays() {
-            overlay.give_back(&|| false);
-        }
+        self.reclaim.give_back(|| false);
     }
 }
 
@@ -242,7 +250,10 @@ impl<S: Store + 'static> Overlay<S> {
         self.reclaim = Arc::clone(reclaim);
         let overlay = Arc::new(self);
         let weak: Weak<Self> = Arc::downgrade(&overlay);
-        locked(&reclaim.overlays).push(weak);
+        let mut overlays = locked(&reclaim.overlays);
+        overlays.retain(|other| other.strong_count() > 0);
+        overlays.push(weak);
+        drop(overlays);
         overlay
     }
 }
