@@ -35,6 +35,15 @@ struct PartialChange<'a> {
     bytes: ByteRange,
     /// The block's state when the change took its place in the order.
     was: State,
+    /// It was tried in place, and there was no space in the store.
+    full: Option<Full>,
+}
+
+/// A change found no space in the store.
+struct Full {
+    failure: Error,
+    /// That of [`Reclaim`](super::Reclaim) before the change.
+    progress: u64,
 }
 
 /// How far a part of a block got in its first hold.
@@ -43,8 +52,6 @@ enum Begun<'a> {
     Nothing,
     InPlace,
     Deferred(PartialChange<'a>),
-    /// There is no space in the store.
-    Full(PartialChange<'a>, Error),
 }
 
 /// The most that is read of the base at once for parts of two blocks. Of larger blocks
@@ -136,21 +143,27 @@ impl<S: Store> Overlay<S> {
         let progress = self.reclaim.progress();
         let begun = self.stripes.shared(&(block..block.next()), |held| {
             let was = self.map.state(block)?;
-            let later = || PartialChange {
-                deferral: held.defer(bytes),
-                block,
-                bytes,
-                was,
+            let later = |full| {
+                Begun::Deferred(PartialChange {
+                    deferral: held.defer(bytes),
+                    block,
+                    bytes,
+                    was,
+                    full,
+                })
             };
             match was {
                 State::Data => match self.change_in_place(held, bytes, content) {
-                    Err(e) if e.is_full() => return Ok(Begun::Full(later(), e)),
+                    // Whole blocks of the same request may make room.
+                    Err(failure) if failure.is_full() => {
+                        return Ok(later(Some(Full { failure, progress })));
+                    }
                     done => done?,
                 },
                 // A trim promises nothing, and it must not take space.
                 State::Base if content.is_trim() => return Ok(Begun::Nothing),
                 State::Zero if content.may_trim() => {}
-                State::Base | State::Zero => return Ok(Begun::Deferred(later())),
+                State::Base | State::Zero => return Ok(later(None)),
             }
             held.supersede(bytes, None);
             Ok(match was {
@@ -167,13 +180,6 @@ impl<S: Store> Overlay<S> {
                 Ok(None)
             }
             Begun::Deferred(change) => Ok(Some(change)),
-            Begun::Full(change, e) => {
-                let room = self.room_after(progress, e).map(|()| Some(change));
-                match room {
-                    Err(e) => content.unless_full_trim(Err(e)).map(|()| None),
-                    room => room,
-                }
-            }
         }
     }
 
@@ -191,7 +197,14 @@ impl<S: Store> Overlay<S> {
                 return self.finish_part(second, high, content);
             }
         }
-        for change in parts.into_iter().flatten() {
+        for mut change in parts.into_iter().flatten() {
+            if let Some(full) = change.full.take() {
+                let room = self.room_after(full.progress, full.failure);
+                if room.is_err() {
+                    content.unless_full_trim(room)?;
+                    continue;
+                }
+            }
             let whole = self.bytes_of(&(change.block..change.block.next()));
             let mut block_bytes = buffer(whole.len())?;
             if change.was == State::Base {
@@ -233,7 +246,7 @@ impl<S: Store> Overlay<S> {
         content: Content<'_>,
     ) -> Result<()> {
         let block = change.block;
-        self.with_room(|| {
+        self.with_room(change.bytes, || {
             self.stripes.exclusive(&(block..block.next()), |held| {
                 let newer = held.newer(&change.deferral, change.bytes);
                 for part in newer.gaps(change.bytes) {
@@ -322,7 +335,7 @@ impl<S: Store> Overlay<S> {
             None => Ok(()),
             Some((deferral, e)) => {
                 self.room_after(progress, e)?;
-                self.change_by_steps(blocks, content, &deferral)
+                self.again(bytes, || self.change_by_steps(blocks, content, &deferral))
             }
         }
     }
@@ -337,9 +350,9 @@ impl<S: Store> Overlay<S> {
     ) -> Result<()> {
         let mut full = Ok(());
         for step in self.steps(blocks.clone(), content) {
-            let done = self.with_room(|| {
+            let bytes = self.bytes_of(&step);
+            let done = self.with_room(bytes, || {
                 self.stripes.exclusive(&step, |held| {
-                    let bytes = self.bytes_of(&step);
                     let newer = held.newer(deferral, bytes);
                     for part in newer.gaps(bytes) {
                         self.put_piecewise(held, part, content)?;
@@ -462,17 +475,26 @@ impl<S: Store> Overlay<S> {
         Ok(!is_zero(&bytes[part]) || self.map.state(block)? == State::Data)
     }
 
-    /// Runs `attempt`, and once more if it found no space and some could be given back
-    /// since. No stripe is held.
-    fn with_room(&self, mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
+    /// Runs `attempt` to change `range`, and once more if it found no space and some could
+    /// be given back since. No stripe is held.
+    fn with_room(&self, range: ByteRange, mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
         let progress = self.reclaim.progress();
         match attempt() {
             Err(e) if e.is_full() => {
                 self.room_after(progress, e)?;
-                attempt()
+                self.again(range, attempt)
             }
             done => done,
         }
+    }
+
+    /// Runs `attempt` to change `range` after another attempt that has found no space. No
+    /// stripe is held.
+    fn again(&self, range: ByteRange, attempt: impl FnOnce() -> Result<()>) -> Result<()> {
+        attempt()?;
+        // What the first attempt has stored may have been left out this time.
+        self.give_back_unused(range);
+        Ok(())
     }
 
     /// Makes room after `failure`, which is for want of space. It is the outcome if
