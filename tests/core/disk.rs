@@ -2,15 +2,15 @@
 //! held at a gate, made to fail, and asked what was done to them.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
-use std::thread::{self, Scope, ScopedJoinHandle};
+use std::thread::{self, Scope, ScopedJoinHandle, ThreadId};
 use std::time::Duration;
 
 use nbdkit_cow_filter::base::{Allocation, Base, Extent};
 use nbdkit_cow_filter::block::{BlockSize, ByteRange};
 use nbdkit_cow_filter::error::{Error, Result};
-use nbdkit_cow_filter::overlay::{Overlay, Store};
+use nbdkit_cow_filter::overlay::{Overlay, Reclaim, State, Store, Zeroing};
 use nbdkit_cow_filter::temporary::{Directory, TemporaryStore};
 
 /// Longer than any step of a test takes on the slowest machine; only a test that
@@ -48,13 +48,16 @@ pub struct Gate {
 #[derive(Default)]
 struct GateState {
     closed: bool,
+    lets_pass: bool,
     waiting: usize,
 }
 
 impl Gate {
     /// From now on whoever passes has to wait.
     pub fn close(&self) {
-        self.state.lock().expect("no test thread died").closed = true;
+        let mut state = self.state.lock().expect("no test thread died");
+        state.closed = true;
+        state.lets_pass = false;
     }
 
     pub fn open(&self) {
@@ -62,9 +65,17 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Who waits goes on waiting; others pass.
+    pub fn hold_no_more(&self) {
+        self.state.lock().expect("no test thread died").lets_pass = true;
+    }
+
     /// Called by the code under test.
     pub fn pass(&self) {
         let mut state = self.state.lock().expect("no test thread died");
+        if state.lets_pass {
+            return;
+        }
         state.waiting += 1;
         self.changed.notify_all();
         let (mut state, timeout) = self
@@ -104,7 +115,8 @@ pub struct TestBase {
     pub size: u64,
     /// Passed after the bytes of a read are there, before the read returns.
     pub gate: Gate,
-    pub failing: AtomicBool,
+    /// Reads that touch these bytes fail.
+    pub bad: Mutex<Option<ByteRange>>,
     /// Each read and cache call, in order.
     pub reads: Mutex<Vec<ByteRange>>,
     pub caches: Mutex<Vec<ByteRange>>,
@@ -120,7 +132,7 @@ impl TestBase {
         TestBase {
             size,
             gate: Gate::default(),
-            failing: AtomicBool::new(false),
+            bad: Mutex::new(None),
             reads: Mutex::new(Vec::new()),
             caches: Mutex::new(Vec::new()),
             extent_calls: AtomicUsize::new(0),
@@ -138,6 +150,15 @@ impl TestBase {
             holes,
             ..TestBase::new(size)
         }
+    }
+
+    /// From now on reads that touch bytes from `start` to `end` fail.
+    pub fn spoil(&self, start: u64, end: u64) {
+        *self.bad.lock().expect("no test thread died") = Some(ByteRange { start, end });
+    }
+
+    pub fn repair(&self) {
+        *self.bad.lock().expect("no test thread died") = None;
     }
 
     pub fn byte(&self, offset: u64) -> u8 {
@@ -169,7 +190,8 @@ impl Base for TestBase {
             .expect("the base is never asked past its end");
         assert!(!range.is_empty(), "the base is never asked for nothing");
         self.reads.lock().expect("no test thread died").push(range);
-        if self.failing.load(Ordering::SeqCst) {
+        let bad = *self.bad.lock().expect("no test thread died");
+        if bad.is_some_and(|bad| !range.clamp_to(bad).is_empty()) {
             return Err(Error::from_below(libc::EIO, "reading a bad sector"));
         }
         buf.copy_from_slice(&self.bytes(range));
@@ -217,12 +239,17 @@ pub enum Call {
 /// A store in memory. Pages that were never written hold garbage, not zeroes, so
 /// that a read of something that was never stored does not go unnoticed.
 pub struct TestStore {
-    pages: Mutex<BTreeMap<u64, Vec<u8>>>,
+    /// Those that were punched out are `None`. A page is as long as what was written of it.
+    pages: Mutex<BTreeMap<u64, Option<Vec<u8>>>>,
+    /// How many pages there is space for.
+    capacity: usize,
     calls: Mutex<Vec<Call>>,
-    /// Passed before a write does anything.
+    /// Passed before a write, or zeroes that take space, do anything.
     pub write_gate: Gate,
     /// Passed before a hole is punched.
     pub punch_gate: Gate,
+    /// Who has punched a hole last.
+    pub puncher: Mutex<Option<ThreadId>>,
     /// The call with this number (from 0, reads not counted) fails with this errno.
     pub fail: Mutex<Option<(usize, i32)>>,
     changes: AtomicUsize,
@@ -237,9 +264,11 @@ impl Default for TestStore {
     fn default() -> Self {
         TestStore {
             pages: Mutex::default(),
+            capacity: usize::MAX,
             calls: Mutex::default(),
             write_gate: Gate::default(),
             punch_gate: Gate::default(),
+            puncher: Mutex::default(),
             fail: Mutex::default(),
             changes: AtomicUsize::new(0),
             can_punch: true,
@@ -257,17 +286,32 @@ impl TestStore {
         }
     }
 
+    /// A store with space for so many bytes.
+    pub fn with_capacity(bytes: u64) -> Self {
+        TestStore {
+            capacity: (bytes / PAGE) as usize,
+            ..TestStore::default()
+        }
+    }
+
+    /// The next change fails with `errno`.
+    pub fn fail_next(&self, errno: i32) {
+        *self.fail.lock().expect("no test thread died") = Some((self.changes(), errno));
+    }
+
+    /// The bytes that take space, in pages, the first of which begins at their start.
+    pub fn stored(&self) -> Vec<u64> {
+        let pages = self.pages.lock().expect("no test thread died");
+        let stored = pages.iter().filter(|(_, page)| page.is_some());
+        stored.map(|(number, _)| number * PAGE).collect()
+    }
+
     pub fn calls(&self) -> Vec<Call> {
         self.calls.lock().expect("no test thread died").clone()
     }
 
     pub fn forget_calls(&self) {
         self.calls.lock().expect("no test thread died").clear();
-    }
-
-    /// Counts on from `number`, for a test that lets the same call fail again.
-    pub fn forget_changes(&self, number: usize) {
-        self.changes.store(number, Ordering::SeqCst);
     }
 
     /// How many calls that change something there were.
@@ -285,18 +329,47 @@ impl TestStore {
         }
     }
 
-    fn put(&self, range: ByteRange, byte: impl Fn(u64) -> u8) {
+    /// ENOSPC, when there is no space for a page.
+    fn put(&self, range: ByteRange, byte: impl Fn(u64) -> u8) -> Result<()> {
         let mut pages = self.pages.lock().expect("no test thread died");
+        let mut stored = match self.capacity {
+            usize::MAX => 0,
+            _ => pages.values().filter(|page| page.is_some()).count(),
+        };
         let mut at = range.start;
         while at < range.end {
-            let page = pages
-                .entry(at / PAGE)
-                .or_insert_with(|| vec![GARBAGE; PAGE as usize]);
+            let page = pages.entry(at / PAGE).or_insert(None);
+            if page.is_none() && stored >= self.capacity {
+                return Err(Error::new(libc::ENOSPC, "the store is full"));
+            }
+            stored += usize::from(page.is_none());
             let end = range.end.min((at / PAGE + 1) * PAGE);
+            let page = page.get_or_insert_default();
+            let len = page.len().max((end - at / PAGE * PAGE) as usize);
+            page.resize(len, GARBAGE);
             for offset in at..end {
                 page[(offset % PAGE) as usize] = byte(offset);
             }
             at = end;
+        }
+        Ok(())
+    }
+
+    /// Takes out pages of which all that was written is in `range`.
+    fn take_out(&self, range: ByteRange) {
+        let mut pages = self.pages.lock().expect("no test thread died");
+        for (number, page) in pages.range_mut(range.start / PAGE..range.end.div_ceil(PAGE)) {
+            let start = number * PAGE;
+            let Some(bytes) = page else { continue };
+            if range.start <= start && start + bytes.len() as u64 <= range.end {
+                *page = None;
+                continue;
+            }
+            for (at, byte) in (start..).zip(bytes) {
+                if (range.start..range.end).contains(&at) {
+                    *byte = 0;
+                }
+            }
         }
     }
 }
@@ -308,9 +381,11 @@ impl Store for TestStore {
         calls.push(Call::Read(offset, end));
         let pages = self.pages.lock().expect("no test thread died");
         for (at, byte) in (offset..).zip(buf) {
-            *byte = pages
-                .get(&(at / PAGE))
-                .map_or(GARBAGE, |page| page[(at % PAGE) as usize]);
+            *byte = match pages.get(&(at / PAGE)) {
+                Some(Some(page)) => *page.get((at % PAGE) as usize).unwrap_or(&GARBAGE),
+                Some(None) => 0,
+                None => GARBAGE,
+            };
         }
         Ok(())
     }
@@ -329,8 +404,8 @@ impl Store for TestStore {
             start: offset,
             end: offset + written as u64,
         };
-        self.put(range, |at| buf[(at - offset) as usize]);
-        failed
+        let put = self.put(range, |at| buf[(at - offset) as usize]);
+        failed.and(put)
     }
 
     fn punch(&self, range: ByteRange) -> Result<bool> {
@@ -338,8 +413,9 @@ impl Store for TestStore {
             return Ok(false);
         }
         self.punch_gate.pass();
+        *self.puncher.lock().expect("no test thread died") = Some(thread::current().id());
         self.change(Call::Punch(range.start, range.end))?;
-        self.put(range, |_| 0);
+        self.take_out(range);
         Ok(true)
     }
 
@@ -347,13 +423,68 @@ impl Store for TestStore {
         if !self.can_zero_range {
             return Ok(false);
         }
+        self.write_gate.pass();
         self.change(Call::ZeroRange(range.start, range.end))?;
-        self.put(range, |_| 0);
+        self.put(range, |_| 0)?;
         Ok(true)
     }
 
     fn can_zero_range(&self) -> bool {
         self.can_zero_range
+    }
+}
+
+/// All pages of *data* blocks take space, and no others: so it is when no request is
+/// under way and nothing is pending.
+pub fn assert_only_data_is_stored(overlay: &Overlay<TestStore>) {
+    let stored = overlay.store().stored();
+    for at in &stored {
+        let state = overlay.state_at(*at).expect("in range");
+        assert_eq!(state, State::Data, "stored at {at}");
+    }
+    let block = overlay.block_size().bytes();
+    let pages: u64 = (0..overlay.size())
+        .step_by(block as usize)
+        .filter(|at| overlay.state_at(*at).expect("in range") == State::Data)
+        .map(|at| (overlay.size() - at).min(block).div_ceil(PAGE))
+        .sum();
+    assert_eq!(stored.len() as u64, pages, "all of what is data is stored");
+}
+
+/// A filter's thread that gives space back, for as long as `work` takes.
+pub fn with_thread<R>(reclaim: &Arc<Reclaim>, work: impl FnOnce() -> R) -> R {
+    struct Stop<'a>(&'a Reclaim);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.stop();
+        }
+    }
+    thread::scope(|scope| {
+        let _stop = Stop(reclaim);
+        scope.spawn(|| reclaim.run());
+        wait_for_thread(reclaim);
+        work()
+    })
+}
+
+/// Returns when it is the thread that gives back what a trim leaves.
+pub fn wait_for_thread(reclaim: &Arc<Reclaim>) {
+    let (base, overlay) = test_disk(BLOCK);
+    let overlay = overlay.join(reclaim);
+    let puncher = &overlay.store().puncher;
+    loop {
+        overlay
+            .write(&base, &[1; BLOCK as usize], 0)
+            .expect("a good write");
+        *puncher.lock().expect("no test thread died") = None;
+        overlay
+            .zero(&base, 0, BLOCK, Zeroing::Trim)
+            .expect("a good trim");
+        let puncher = *puncher.lock().expect("no test thread died");
+        if puncher != Some(thread::current().id()) {
+            return overlay.give_back();
+        }
+        thread::yield_now();
     }
 }
 

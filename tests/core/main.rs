@@ -6,4 +6,7 @@ mod extents;
 mod faults;
 mod kept;
 mod model;
+mod order;
 mod races;
+mod reclaim;
+mod trim;

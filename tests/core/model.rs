@@ -1,15 +1,20 @@
 //! Random requests, one after the other, compared with a plain vector of bytes.
 
+use std::sync::Arc;
+
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::FileFailurePersistence;
 
 use nbdkit_cow_filter::base::Allocation;
-use nbdkit_cow_filter::block::ByteRange;
-use nbdkit_cow_filter::overlay::{Overlay, Store, Zeroing};
+use nbdkit_cow_filter::block::{BlockNum, ByteRange, Piece};
+use nbdkit_cow_filter::error::Result;
+use nbdkit_cow_filter::overlay::{Overlay, Reclaim, State, Store, Zeroing};
 
-use crate::disk::{TestBase, TestStore, block_size, file_overlay};
+use crate::disk::{
+    TestBase, TestStore, assert_only_data_is_stored, block_size, file_overlay, with_thread,
+};
 
 #[derive(Debug, Clone)]
 enum Request {
@@ -17,6 +22,7 @@ enum Request {
     Write { seed: u8 },
     WriteZeroes,
     Zero { may_trim: bool, fast: bool },
+    Trim,
     Cache { copy: bool },
     Extents { only_first: bool },
 }
@@ -27,6 +33,7 @@ fn requests() -> impl Strategy<Value = Request> {
         any::<u8>().prop_map(|seed| Request::Write { seed }),
         Just(Request::WriteZeroes),
         any::<(bool, bool)>().prop_map(|(may_trim, fast)| Request::Zero { may_trim, fast }),
+        Just(Request::Trim),
         any::<bool>().prop_map(|copy| Request::Cache { copy }),
         any::<bool>().prop_map(|only_first| Request::Extents { only_first }),
     ]
@@ -42,7 +49,13 @@ struct Place {
 }
 
 fn places() -> impl Strategy<Value = Place> {
-    let len = prop_oneof![0u64..700, select(vec![512, 4096, 65536]), 0u64..300_000];
+    // Also more than an area, so that zeroes that take space go by steps.
+    let len = prop_oneof![
+        0u64..700,
+        select(vec![512, 4096, 65536]),
+        0u64..300_000,
+        0u64..3_000_000
+    ];
     (any::<u64>(), -3i64..4, len).prop_map(|(at, jitter, len)| Place { at, jitter, len })
 }
 
@@ -83,6 +96,22 @@ impl Model<'_> {
     }
 }
 
+/// The bytes that the blocks of `range` and those that are *data* take in a store.
+fn space_with<S: Store>(overlay: &Overlay<S>, range: ByteRange) -> u64 {
+    let block_size = overlay.block_size();
+    let touched = block_size.touched_by(range);
+    let blocks = (0..block_size.count(overlay.size()).0).map(BlockNum);
+    let takes_space = |block: &BlockNum| {
+        let state = overlay.state_at(block_size.start_of(*block));
+        touched.contains(block) || state.expect("in range") == State::Data
+    };
+    blocks
+        .filter(takes_space)
+        .map(|block| block_size.bytes_of(&(block..block.next()), overlay.size()))
+        .map(|bytes| bytes.len().next_multiple_of(512))
+        .sum()
+}
+
 fn bytes(seed: u8, len: u64) -> Vec<u8> {
     // Long stretches of zeroes among it, for the blocks that are not stored.
     (0..len)
@@ -100,9 +129,27 @@ fn compare<S: Store>(
     base: &TestBase,
     overlay: &Overlay<S>,
     block: u64,
+    capacity: Option<u64>,
     script: &[(Request, Place)],
-) -> Result<(), TestCaseError> {
+) -> std::result::Result<(), TestCaseError> {
     let size = base.size;
+    // Where the store may be full: true if it was, and the model knows what became of it.
+    let is_refused = |model: &mut Model<'_>, range: ByteRange, new: &[u8], done: Result<()>| {
+        let Err(error) = done else { return false };
+        assert_eq!(error.errno(), libc::ENOSPC);
+        let capacity = capacity.expect("only a small store is full");
+        let wanted = space_with(overlay, range);
+        assert!(wanted > capacity, "{wanted} of {capacity}: there was room");
+        let old = model.get(range);
+        let mut found = vec![0xaa; range.len() as usize];
+        overlay
+            .read(base, &mut found, range.start, false)
+            .expect("a good read");
+        let is_known = |at: usize| found[at] == old[at] || found[at] == new[at];
+        assert!((0..found.len()).all(is_known), "{range:?}");
+        model.set(range, &found);
+        true
+    };
     let mut model = Model {
         base,
         changed: vec![0; size as usize],
@@ -124,30 +171,57 @@ fn compare<S: Store>(
             }
             Request::Write { seed } => {
                 let buf = bytes(*seed, range.len());
-                overlay
-                    .write(base, &buf, range.start)
-                    .expect("a good write");
-                model.set(range, &buf);
+                let done = overlay.write(base, &buf, range.start);
+                if !is_refused(&mut model, range, &buf, done) {
+                    model.set(range, &buf);
+                }
             }
             Request::WriteZeroes => {
                 let buf = vec![0; range.len() as usize];
-                overlay
-                    .write(base, &buf, range.start)
-                    .expect("a good write");
-                model.set(range, &buf);
+                let done = overlay.write(base, &buf, range.start);
+                if !is_refused(&mut model, range, &buf, done) {
+                    model.set(range, &buf);
+                }
             }
             Request::Zero { may_trim, fast } => {
                 let how = Zeroing::Zero {
                     may_trim: *may_trim,
                     fast: *fast,
                 };
+                let zeroes = vec![0; range.len() as usize];
                 match overlay.zero(base, range.start, range.len(), how) {
-                    Ok(()) => model.set(range, &vec![0; range.len() as usize]),
-                    Err(e) => {
-                        prop_assert_eq!(e.errno(), libc::ENOTSUP);
-                        prop_assert!(*fast && !may_trim, "only a fast zero may be refused");
+                    Err(e) if e.errno() == libc::ENOTSUP => {
+                        prop_assert!(*fast, "only a fast zero may be refused");
+                        let is_large = !may_trim || block > 1 << 20;
+                        prop_assert!(is_large, "what is fast is not refused");
+                    }
+                    done => {
+                        if !is_refused(&mut model, range, &zeroes, done) {
+                            model.set(range, &zeroes);
+                        }
                     }
                 }
+            }
+            Request::Trim => {
+                // Parts of blocks of the base stay.
+                let block_size = overlay.block_size();
+                let mut becomes = model.get(range);
+                for piece in block_size.pieces(range, size) {
+                    let bytes = match piece {
+                        Piece::Partial { bytes, .. } => {
+                            if overlay.state_at(bytes.start).expect("in range") == State::Base {
+                                continue;
+                            }
+                            bytes
+                        }
+                        Piece::Whole { bytes, .. } => bytes,
+                    };
+                    becomes[bytes.in_buffer(range.start)].fill(0);
+                }
+                overlay
+                    .zero(base, range.start, range.len(), Zeroing::Trim)
+                    .expect("a good trim");
+                model.set(range, &becomes);
             }
             Request::Cache { copy } => {
                 overlay
@@ -231,7 +305,34 @@ proptest! {
     ) {
         let base = base(size);
         let store = TestStore::with(can_punch, can_zero_range);
-        compare(&base, &Overlay::new(size, block_size(block), store), block, &script)?;
+        let overlay = Overlay::new(size, block_size(block), store);
+        compare(&base, &overlay, block, None, &script)?;
+        if can_punch {
+            assert_only_data_is_stored(&overlay);
+        }
+    }
+
+    /// What was trimmed is room for what comes later, and nothing else is lost.
+    #[test]
+    fn requests_to_a_small_store_equal_a_byte_vector_or_are_refused(
+        block in select(&BLOCK_SIZES[..]),
+        size in prop_oneof![select(&SIZES[..]), 0u64..3_000_000],
+        blocks in 0u64..20,
+        has_thread in any::<bool>(),
+        script in vec((requests(), places()), 1..40)
+    ) {
+        let base = base(size);
+        let store = TestStore::with_capacity(blocks * block);
+        let reclaim = Arc::new(Reclaim::default());
+        let overlay = Overlay::new(size, block_size(block), store).join(&reclaim);
+        let compare = || compare(&base, &overlay, block, Some(blocks * block), &script);
+        if has_thread {
+            with_thread(&reclaim, compare)?;
+        } else {
+            compare()?;
+        }
+        overlay.give_back();
+        assert_only_data_is_stored(&overlay);
     }
 
     #[test]
@@ -240,7 +341,7 @@ proptest! {
         size in prop_oneof![select(&SIZES[..]), 0u64..1_000_000],
         script in vec((requests(), places()), 1..40)
     ) {
-        compare(&base(size), &file_overlay(size, block), block, &script)?;
+        compare(&base(size), &file_overlay(size, block), block, None, &script)?;
     }
 }
 
@@ -253,7 +354,7 @@ proptest! {
         script in vec((requests(), places()), 1..25)
     ) {
         let size = (1 << 30) + 513;
-        compare(&base(size), &file_overlay(size, block), block, &script)?;
+        compare(&base(size), &file_overlay(size, block), block, None, &script)?;
     }
 }
 

@@ -7,14 +7,17 @@
 //! first goes on. Each has a base of its own over the same bytes, so that only
 //! the first is held.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use nbdkit_cow_filter::block::ByteRange;
-use nbdkit_cow_filter::overlay::{Overlay, State, Zeroing};
-use nbdkit_cow_filter::temporary::TemporaryStore;
+use nbdkit_cow_filter::overlay::{Overlay, Reclaim, State, Store, Zeroing};
 
-use crate::disk::{BLOCK, Call, TestBase, TestStore, file_overlay, read_all, tempt, test_disk};
+use crate::disk::{
+    BLOCK, Call, TestBase, TestStore, assert_only_data_is_stored, block_size, file_overlay,
+    read_all, tempt, test_disk, with_thread,
+};
 
 type Disk = Overlay<TestStore>;
 
@@ -24,6 +27,11 @@ const START: u64 = BLOCK;
 
 const KEEP: Zeroing = Zeroing::Zero {
     may_trim: false,
+    fast: false,
+};
+
+const DISCARD: Zeroing = Zeroing::Zero {
+    may_trim: true,
     fast: false,
 };
 
@@ -139,7 +147,7 @@ fn a_write_of_zeroes_survives_a_fill() {
 #[test]
 fn a_trim_and_a_zero_survive_a_fill() {
     for (name, fill) in fills() {
-        for how in [Zeroing::Trim, KEEP] {
+        for how in [Zeroing::Trim, DISCARD, KEEP] {
             let (block, _) = interleave(fill, |base, disk| {
                 disk.zero(base, START, BLOCK, how).expect("a good zero");
             });
@@ -148,10 +156,12 @@ fn a_trim_and_a_zero_survive_a_fill() {
             let (block, _) = interleave(fill, |base, disk| {
                 disk.zero(base, START + 10, 20, how).expect("a good zero");
             });
-            assert!(
-                block == with(base_block(), 10, &[0; 20]),
-                "{name}, part, {how:?}"
-            );
+            let expected = match how {
+                // Of a part of a block of the base it does nothing.
+                Zeroing::Trim => base_block(),
+                Zeroing::Zero { .. } => with(base_block(), 10, &[0; 20]),
+            };
+            assert!(block == expected, "{name}, part, {how:?}");
         }
     }
 }
@@ -187,40 +197,8 @@ fn two_partial_writes_to_one_block_both_survive() {
 }
 
 #[test]
-fn a_whole_write_and_a_partial_write_are_in_some_order() {
-    let (block, _) = interleave(
-        |base, disk| {
-            disk.write(base, b"first", START + 10)
-                .expect("a good write")
-        },
-        |base, disk| {
-            disk.write(base, &vec![9; BLOCK as usize], START)
-                .expect("a good write");
-        },
-    );
-    assert!(block == with(vec![9; BLOCK as usize], 10, b"first"));
-}
-
-#[test]
-fn a_partial_write_does_not_bring_back_what_a_trim_or_zero_removed() {
-    for how in [Zeroing::Trim, KEEP] {
-        let (block, _) = interleave(
-            |base, disk| {
-                disk.write(base, b"first", START + 10)
-                    .expect("a good write")
-            },
-            |base, disk| disk.zero(base, START, BLOCK, how).expect("a good zero"),
-        );
-        assert!(
-            block == with(vec![0; BLOCK as usize], 10, b"first"),
-            "{how:?}"
-        );
-    }
-}
-
-#[test]
-fn a_partial_trim_and_a_partial_write_both_survive() {
-    for how in [Zeroing::Trim, KEEP] {
+fn zeroes_and_a_write_in_parts_of_a_block_both_survive() {
+    for how in [DISCARD, KEEP] {
         let (block, _) = interleave(
             |base, disk| disk.zero(base, START + 10, 90, how).expect("a good zero"),
             |base, disk| {
@@ -229,7 +207,7 @@ fn a_partial_trim_and_a_partial_write_both_survive() {
             },
         );
         let expected = with(with(base_block(), 10, &[0; 90]), 4000, b"second");
-        assert!(block == expected, "trim first, {how:?}");
+        assert!(block == expected, "zeroes first, {how:?}");
 
         let (block, _) = interleave(
             |base, disk| {
@@ -327,7 +305,10 @@ fn a_read_goes_on_while_a_trim_has_the_block_alone() {
 /// How many bytes in a row belong to one of the writers below.
 const SLOT: u64 = 64;
 const WRITERS: u64 = 4;
+/// Where they write.
 const SHARED_SIZE: u64 = (1 << 20) + 100;
+/// That of the disk.
+const LARGE_SIZE: u64 = (2 << 20) + 100;
 
 /// Requests that write to the store while they have the block alone: they bring
 /// bytes that their client did not send.
@@ -415,12 +396,12 @@ fn zeroes_that_keep_their_space_wait_for_a_trim() {
 }
 
 /// Fills all of the disk, again and again, until it is told to stop.
-fn keep_filling(
-    overlay: &Overlay<TemporaryStore>,
+fn keep_filling<S: Store>(
+    overlay: &Overlay<S>,
     stop: &AtomicBool,
-    fill: impl Fn(&Overlay<TemporaryStore>, &TestBase, u64),
+    fill: impl Fn(&Overlay<S>, &TestBase, u64),
 ) {
-    let base = TestBase::new(SHARED_SIZE);
+    let base = TestBase::new(LARGE_SIZE);
     let mut at = 0;
     while !stop.load(Ordering::SeqCst) {
         at = (at + 7919) % (SHARED_SIZE - 3000);
@@ -428,10 +409,10 @@ fn keep_filling(
     }
 }
 
-/// Writes to every n-th slot, in random order, and trims some; then looks whether
-/// every one of them holds what was put there last.
-fn write_to_own_slots(overlay: &Overlay<TemporaryStore>, writer: u64) {
-    let base = TestBase::new(SHARED_SIZE);
+/// Changes every n-th slot, in random order; then looks whether every one of them holds
+/// what was put there last. No other writer changes these bytes.
+fn write_to_own_slots<S: Store>(overlay: &Overlay<S>, writer: u64) {
+    let base = TestBase::new(LARGE_SIZE);
     let slots = SHARED_SIZE / SLOT / WRITERS;
     let place = |slot: u64| (slot * WRITERS + writer) * SLOT;
     let mut seed = writer + 1;
@@ -439,17 +420,39 @@ fn write_to_own_slots(overlay: &Overlay<TemporaryStore>, writer: u64) {
     for round in 0..3000 {
         seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1);
         let slot = (seed >> 33) % slots;
-        let bytes = if round % 5 == 4 {
-            overlay
-                .zero(&base, place(slot), SLOT, Zeroing::Trim)
-                .expect("a good trim");
-            [0; SLOT as usize]
-        } else {
-            let bytes = [round as u8; SLOT as usize];
-            overlay
-                .write(&base, &bytes, place(slot))
-                .expect("a good write");
-            bytes
+        let at = place(slot);
+        let zero = |how| overlay.zero(&base, at, SLOT, how).expect("a good zero");
+        let bytes = match round % 10 {
+            4 => {
+                // Nobody makes data of the base meanwhile but others, and then it is
+                // either: the trim did nothing, or made zeroes.
+                zero(Zeroing::Trim);
+                let mut found = [0; SLOT as usize];
+                overlay
+                    .read(&base, &mut found, at, false)
+                    .expect("a good read");
+                let end = at + SLOT;
+                let before = expected[slot as usize].unwrap_or_else(|| {
+                    base.bytes(ByteRange { start: at, end })
+                        .try_into()
+                        .expect("a slot")
+                });
+                assert!(found == [0; SLOT as usize] || found == before, "at {at}");
+                found
+            }
+            6 => {
+                zero(DISCARD);
+                [0; SLOT as usize]
+            }
+            8 => {
+                zero(KEEP);
+                [0; SLOT as usize]
+            }
+            _ => {
+                let bytes = [round as u8; SLOT as usize];
+                overlay.write(&base, &bytes, at).expect("a good write");
+                bytes
+            }
         };
         expected[slot as usize] = Some(bytes);
     }
@@ -461,8 +464,35 @@ fn write_to_own_slots(overlay: &Overlay<TemporaryStore>, writer: u64) {
             .read(&base, &mut found, start, false)
             .expect("a good read");
         let untouched = base.bytes(ByteRange { start, end });
-        let expected = expected.map_or(untouched, |bytes| bytes.to_vec());
+        let expected = expected.map_or(untouched, |bytes: [u8; SLOT as usize]| bytes.to_vec());
         assert!(found[..] == expected, "lost, at {start}");
+    }
+}
+
+/// Writes and trims whole areas behind those that the others write to, so that a thread
+/// has much to give back.
+fn keep_trimming<S: Store>(overlay: &Overlay<S>, stop: &AtomicBool) {
+    let base = TestBase::new(LARGE_SIZE);
+    let range = (SHARED_SIZE / 65536 + 1) * 65536..LARGE_SIZE;
+    let (start, len) = (range.start, range.end - range.start);
+    let mut round = 0;
+    while !stop.load(Ordering::SeqCst) {
+        round += 1;
+        overlay
+            .write(&base, &vec![round; len as usize], start)
+            .expect("a good write");
+        overlay
+            .zero(&base, start, len, Zeroing::Trim)
+            .expect("a good trim");
+        let bytes = [round; 100];
+        let at = start + u64::from(round) * 1000;
+        overlay.write(&base, &bytes, at).expect("a good write");
+        let mut found = vec![9; 3000];
+        overlay
+            .read(&base, &mut found, at - 1000, false)
+            .expect("a good read");
+        assert!(found[1000..1100] == bytes && found[..1000].iter().all(|byte| *byte == 0));
+        assert!(found[1100..].iter().all(|byte| *byte == 0), "punched");
     }
 }
 
@@ -471,29 +501,50 @@ fn write_to_own_slots(overlay: &Overlay<TemporaryStore>, writer: u64) {
 #[test]
 fn threads_that_write_to_all_blocks_at_once_lose_nothing() {
     for block in [512, 4096, 65536] {
-        let overlay = &file_overlay(SHARED_SIZE, block);
-        let stop = &AtomicBool::new(false);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                keep_filling(overlay, stop, |overlay, base, at| {
-                    overlay
-                        .read(base, &mut [0; 3000], at, true)
-                        .expect("a good read");
-                });
-            });
-            scope.spawn(|| {
-                keep_filling(overlay, stop, |overlay, base, at| {
-                    overlay.cache(base, at, 3000, true).expect("a good cache");
-                });
-            });
-            let writers: Vec<_> = (0..WRITERS)
-                .map(|writer| scope.spawn(move || write_to_own_slots(overlay, writer)))
-                .collect();
-            let ends: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
-            stop.store(true, Ordering::SeqCst);
-            for end in ends {
-                end.expect("no write was lost");
+        for has_thread in [false, true] {
+            let reclaim = Arc::new(Reclaim::default());
+            let files = file_overlay(LARGE_SIZE, block).join(&reclaim);
+            let store = TestStore::default();
+            let memory = Overlay::new(LARGE_SIZE, block_size(block), store).join(&reclaim);
+            let work = || {
+                change_at_once(&files);
+                change_at_once(&memory);
+            };
+            if has_thread {
+                with_thread(&reclaim, work);
+            } else {
+                work();
             }
-        });
+            memory.give_back();
+            assert_only_data_is_stored(&memory);
+        }
     }
+}
+
+fn change_at_once<S: Store>(overlay: &Overlay<S>) {
+    let stop = &AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            keep_filling(overlay, stop, |overlay, base, at| {
+                overlay
+                    .read(base, &mut [0; 3000], at, true)
+                    .expect("a good read");
+            });
+        });
+        scope.spawn(|| {
+            keep_filling(overlay, stop, |overlay, base, at| {
+                overlay.cache(base, at, 3000, true).expect("a good cache");
+            });
+        });
+        let trimmer = scope.spawn(|| keep_trimming(overlay, stop));
+        let writers: Vec<_> = (0..WRITERS)
+            .map(|writer| scope.spawn(move || write_to_own_slots(overlay, writer)))
+            .collect();
+        let ends: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
+        stop.store(true, Ordering::SeqCst);
+        for end in ends {
+            end.expect("no write was lost");
+        }
+        trimmer.join().expect("no write was lost");
+    });
 }
