@@ -16,6 +16,8 @@
 
 mod image_file;
 mod kept;
+mod order;
+mod reclaim;
 
 use std::ops::Range;
 
@@ -124,14 +126,14 @@ impl Store for ModelStore {
 
 type Disk = Overlay<ModelStore>;
 
-fn disk() -> Arc<Disk> {
+fn disk() -> Disk {
     let garbage = || [AtomicU8::new(GARBAGE), AtomicU8::new(GARBAGE)];
     let store = ModelStore {
         near: garbage(),
         far: garbage(),
     };
     let block_size = BlockSize::new(BLOCK).expect("a block size");
-    Arc::new(Overlay::new(SIZE, block_size, store))
+    Overlay::new(SIZE, block_size, store)
 }
 
 /// The two halves of the first block, each of which must be of one byte.
@@ -203,9 +205,13 @@ enum Prepared {
 
 const PREPARED: [Prepared; 3] = [Prepared::Nothing, Prepared::Neighbour, Prepared::Data];
 
-fn prepared_disk(prepared: Prepared) -> Arc<Disk> {
+fn prepared_disk(state: Prepared) -> Arc<Disk> {
+    Arc::new(prepared(state))
+}
+
+fn prepared(state: Prepared) -> Disk {
     let disk = disk();
-    match prepared {
+    match state {
         Prepared::Nothing => {}
         Prepared::Neighbour => write(&disk, 8, BLOCK, BLOCK),
         Prepared::Data => write(&disk, 9, 0, BLOCK),
@@ -376,7 +382,7 @@ fn a_block_that_is_zeroed_and_written_again_shows_no_third_value() {
 fn writes_of_two_neighbouring_blocks_both_survive() {
     for has_leaf in [false, true] {
         loom::model(move || {
-            let disk = disk();
+            let disk = Arc::new(disk());
             if has_leaf {
                 write(&disk, 0, 2 * BLOCK, BLOCK);
             }
@@ -399,7 +405,7 @@ fn requests_that_need_several_stripes_do_not_wait_for_each_other_for_ever() {
             .expect("a good trim");
     }
     loom::model(|| {
-        let disk = disk();
+        let disk = Arc::new(disk());
         let thread = spawn(&disk, |disk| trim_areas(disk, 2..4));
         trim_areas(&disk, 0..3);
         thread.join().expect("no panic");
@@ -414,7 +420,7 @@ fn requests_that_need_several_stripes_do_not_wait_for_each_other_for_ever() {
 fn threads_that_make_the_same_node_and_leaf_lose_no_block() {
     const FAR: u64 = SIZE - BLOCK;
     loom::model(|| {
-        let disk = disk();
+        let disk = Arc::new(disk());
         let thread = {
             let disk = Arc::clone(&disk);
             thread::spawn(move || write(&disk, 7, FAR, BLOCK))
@@ -427,7 +433,7 @@ fn threads_that_make_the_same_node_and_leaf_lose_no_block() {
     });
     // The block beside it shares the leaf, which the trim of a whole leaf marks.
     loom::model(|| {
-        let disk = disk();
+        let disk = Arc::new(disk());
         let thread = {
             let disk = Arc::clone(&disk);
             thread::spawn(move || {
