@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use nbdkit_cow_filter::block::{BlockSize, ByteRange};
+use nbdkit_cow_filter::block::{BlockSize, ByteRange, Piece};
 use nbdkit_cow_filter::buffer::is_zero;
 use nbdkit_cow_filter::error::Result;
 use nbdkit_cow_filter::kept::{KeptStore, resume};
@@ -333,11 +333,25 @@ impl Served {
                 let is_fast = matches!(how, Zeroing::Zero { fast: true, .. });
                 // Space that is kept may have to be written.
                 let len = if keeps { len.min(256 << 10) } else { len };
+                let end = start + len;
+                let mut zeroed = Vec::new();
+                let pieces = disk
+                    .block_size()
+                    .pieces(ByteRange { start, end }, disk.size());
+                for piece in pieces {
+                    match piece {
+                        Piece::Partial { bytes, .. } if how == Zeroing::Trim => {
+                            // Of a block of the base it stays.
+                            let state = disk.state_at(bytes.start).expect("in range");
+                            zeroed.extend((state != State::Base).then_some(bytes));
+                        }
+                        Piece::Partial { bytes, .. } | Piece::Whole { bytes, .. } => {
+                            zeroed.push(bytes);
+                        }
+                    }
+                }
                 match disk.zero(base, start, len, how) {
-                    Ok(()) => self.model.zero(ByteRange {
-                        start,
-                        end: start + len,
-                    }),
+                    Ok(()) => zeroed.into_iter().for_each(|part| self.model.zero(part)),
                     Err(e) => assert!(keeps && is_fast && !can_zero_range, "{e}"),
                 }
             }
