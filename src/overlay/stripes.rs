@@ -30,8 +30,9 @@
 //! 3. When the deferred change is stored, it leaves those bytes out ([`Held::newer`]).
 //!
 //! A change that holds the stripe at the time at which another enters itself may miss the
-//! entry. The two came at the same time, and either order is right. A change that takes
-//! the stripe after the other has let it go sees the entry.
+//! entry, and so may one that came and went during the hold in which the other was tried
+//! first and found no space. The two came at the same time, and either order is right. A
+//! change that takes the stripe after the other has let it go sees the entry.
 //!
 //! Only what was stored counts. A change that failed has told nobody, and the older one
 //! is stored as a whole.
