@@ -252,6 +252,33 @@ fn who_finds_no_space_has_what_is_pending_elsewhere() {
     });
 }
 
+/// An error may be told once only: it must not be lost in another attempt for which no
+/// room was made.
+#[test]
+fn who_finds_no_space_hears_of_it_if_nothing_was_given_back() {
+    let reclaim = Arc::new(Reclaim::default());
+    let (base, disk) = joined(&reclaim, SIZE);
+    with_thread(&reclaim, || {
+        let busy = Busy::new(&reclaim);
+        // Of what is pending here all is data again, and there the hole can't be made.
+        write(&base, &disk, 1, 0, BLOCK);
+        trim(&base, &disk, 0, BLOCK);
+        write(&base, &disk, 2, 0, BLOCK);
+        busy.0.store().fail_next(libc::EIO);
+        disk.store().fail_next(libc::ENOSPC);
+        thread::scope(|scope| {
+            let request = tempt(scope, || disk.write(&base, &[3], AREA));
+            assert!(!request.is_finished(), "there may be room yet");
+            busy.end();
+            let error = request.join().expect("no panic").expect_err("no space");
+            assert_eq!(error.errno(), libc::ENOSPC);
+        });
+        assert_eq!(disk.state_at(AREA).expect("in range"), State::Base);
+        disk.give_back();
+    });
+    assert_only_data_is_stored(&disk);
+}
+
 /// While the thread is at work on one overlay it keeps no other, whose file would stay.
 #[test]
 fn an_overlay_that_nobody_uses_any_more_is_gone() {
