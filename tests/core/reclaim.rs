@@ -51,7 +51,10 @@ struct Busy(Arc<Disk>);
 
 impl Busy {
     fn new(reclaim: &Arc<Reclaim>) -> Self {
-        let (base, disk) = joined(reclaim, BLOCK);
+        Busy::with(joined(reclaim, BLOCK))
+    }
+
+    fn with((base, disk): (TestBase, Arc<Disk>)) -> Self {
         write(&base, &disk, 1, 0, BLOCK);
         disk.store().punch_gate.close();
         trim(&base, &disk, 0, BLOCK);
@@ -283,10 +286,9 @@ fn who_finds_no_space_hears_of_it_if_nothing_was_given_back() {
 #[test]
 fn an_overlay_that_nobody_uses_any_more_is_gone() {
     let reclaim = Arc::new(Reclaim::default());
-    let before = joined(&reclaim, SIZE);
+    let [before, at_work, after] = [SIZE, BLOCK, SIZE].map(|size| joined(&reclaim, size));
     with_thread(&reclaim, || {
-        let busy = Busy::new(&reclaim);
-        let after = joined(&reclaim, SIZE);
+        let busy = Busy::with(at_work);
         for (base, disk) in [before, after] {
             write(&base, &disk, 1, 0, SIZE);
             trim(&base, &disk, 0, SIZE);
