@@ -310,6 +310,21 @@ impl TestStore {
         self.calls.lock().expect("no test thread died").clone()
     }
 
+    /// As [`TestStore::calls`], but holes that adjoin are one: how small the pieces are
+    /// in which they were punched is left to the overlay, and to how long one takes.
+    pub fn calls_with_whole_holes(&self) -> Vec<Call> {
+        let mut merged: Vec<Call> = Vec::new();
+        for call in self.calls() {
+            match (merged.last_mut(), call) {
+                (Some(Call::Punch(_, end)), Call::Punch(start, next)) if *end == start => {
+                    *end = next;
+                }
+                _ => merged.push(call),
+            }
+        }
+        merged
+    }
+
     pub fn forget_calls(&self) {
         self.calls.lock().expect("no test thread died").clear();
     }

@@ -229,8 +229,10 @@ fn what_a_crash_left_behind_gives_its_space_back_when_it_is_discarded() {
     let overlay = resume(&crashed).expect("resumable");
     assert_eq!(overlay.state_at(block).expect("in range"), State::Base);
     overlay.zero(&base, 0, size, DISCARD).expect("a discard");
-    // In pieces of 1 MiB.
-    assert_eq!(crashed.steps(0), [Step::Punch; 4]);
+    // In pieces of 1 MiB at most.
+    let steps = crashed.steps(0);
+    assert!(steps.len() >= 4, "{steps:?}");
+    assert!(steps.iter().all(|step| *step == Step::Punch), "{steps:?}");
 }
 
 /// So that it can be done where there is no space; and after a sync, because the entry
