@@ -76,6 +76,8 @@
 //! What nobody asked for (a copy of the base, the freeing of a block that has become
 //! zeroes) never makes a request fail.
 
+mod change;
+mod content;
 mod extents;
 mod map;
 mod ranges;
@@ -88,10 +90,10 @@ mod zero;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+pub use content::Zeroing;
 pub use map::{BlockMap, State};
 pub use reclaim::Reclaim;
 pub use store::Store;
-pub use zero::Zeroing;
 
 use crate::base::Base;
 use crate::block::{BlockNum, BlockSize, ByteRange};

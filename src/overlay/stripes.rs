@@ -38,7 +38,7 @@
 //! is stored as a whole.
 
 use std::marker::PhantomData;
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 use std::sync::PoisonError;
 
 use super::ranges::Ranges;
@@ -77,6 +77,13 @@ pub struct Stripes {
     next_ticket: AtomicU64,
 }
 
+/// The areas from the first to the last.
+#[derive(Clone, Copy)]
+struct Areas {
+    first: u64,
+    last: u64,
+}
+
 /// How stripes are held: together with others.
 pub enum Shared {}
 /// How stripes are held: alone.
@@ -86,14 +93,14 @@ pub enum Exclusive {}
 /// takes this as a parameter.
 pub struct Held<'a, How> {
     stripes: &'a Stripes,
-    areas: RangeInclusive<u64>,
+    areas: Areas,
     how: PhantomData<How>,
 }
 
 /// A change's place in the order, until this is dropped.
 pub struct Deferral<'a> {
     stripes: &'a Stripes,
-    areas: RangeInclusive<u64>,
+    areas: Areas,
     ticket: u64,
 }
 
@@ -138,30 +145,30 @@ impl Stripes {
     fn hold<'a, Guard, How, R>(
         &'a self,
         blocks: &Range<BlockNum>,
-        take: impl FnMut(&'a Stripe) -> Guard,
+        mut take: impl FnMut(&'a Stripe) -> Guard,
         work: impl FnOnce(&Held<'a, How>) -> R,
     ) -> R {
         let first = blocks.start.0 >> self.area_shift;
         let last = (blocks.end.0.max(blocks.start.0 + 1) - 1) >> self.area_shift;
         let held = Held {
             stripes: self,
-            areas: first..=last,
+            areas: Areas { first, last },
             how: PhantomData,
         };
+        // Nearly every request lies within one area, and must not pay for the others.
+        let (mut _one, mut _several) = (None, None);
         if first == last {
-            // Nearly every request lies within one area, and must not pay for the others.
-            let mut take = take;
-            let _guard = take(self.stripe(first));
-            return work(&held);
+            _one = Some(take(self.stripe(first)));
+        } else {
+            _several = Some(self.hold_several(held.areas, take));
         }
-        let _guards = self.hold_several(&held.areas, take);
         work(&held)
     }
 
     #[inline(never)]
     fn hold_several<'a, Guard>(
         &'a self,
-        areas: &RangeInclusive<u64>,
+        areas: Areas,
         take: impl FnMut(&'a Stripe) -> Guard,
     ) -> [Option<Guard>; STRIPES] {
         let mut guards = std::array::from_fn(|_| None);
@@ -172,8 +179,8 @@ impl Stripes {
     }
 
     /// The stripes of some areas, each once, in ascending order of their index.
-    fn of_areas(&self, areas: &RangeInclusive<u64>) -> impl Iterator<Item = &Stripe> {
-        let (first, last) = (*areas.start(), *areas.end());
+    fn of_areas(&self, areas: Areas) -> impl Iterator<Item = &Stripe> {
+        let Areas { first, last } = areas;
         let all = self.stripes.len();
         let (low, high) = if last - first >= STRIPES as u64 - 1 {
             (0..all, 0..0)
@@ -210,7 +217,7 @@ impl<'a, How> Held<'a, How> {
     pub fn defer(&self, bytes: ByteRange) -> Deferral<'a> {
         // Only the entries of one change have one ticket: no order is needed.
         let ticket = self.stripes.next_ticket.fetch_add(1, Ordering::Relaxed);
-        for stripe in self.stripes.of_areas(&self.areas) {
+        for stripe in self.stripes.of_areas(self.areas) {
             let mut deferred = stripe.deferred();
             deferred.push(Deferred {
                 ticket,
@@ -224,7 +231,7 @@ impl<'a, How> Held<'a, How> {
         }
         Deferral {
             stripes: self.stripes,
-            areas: self.areas.clone(),
+            areas: self.areas,
             ticket,
         }
     }
@@ -233,12 +240,10 @@ impl<'a, How> Held<'a, How> {
     /// `by` or by one that was not deferred.
     #[inline]
     pub fn supersede(&self, bytes: ByteRange, by: Option<&Deferral<'_>>) {
-        if self.areas.start() == self.areas.end() {
-            self.stripes
-                .stripe(*self.areas.start())
-                .supersede(bytes, by);
+        if self.areas.first == self.areas.last {
+            self.stripes.stripe(self.areas.first).supersede(bytes, by);
         } else {
-            for stripe in self.stripes.of_areas(&self.areas) {
+            for stripe in self.stripes.of_areas(self.areas) {
                 stripe.supersede(bytes, by);
             }
         }
@@ -247,7 +252,7 @@ impl<'a, How> Held<'a, How> {
     /// What newer changes have stored of `bytes` since `deferral` was made.
     pub fn newer(&self, deferral: &Deferral<'_>, bytes: ByteRange) -> Ranges {
         let mut newer = Ranges::default();
-        for stripe in self.stripes.of_areas(&self.areas) {
+        for stripe in self.stripes.of_areas(self.areas) {
             let deferred = stripe.deferred();
             let of_ours = |entry: &&Deferred| entry.ticket == deferral.ticket;
             for entry in deferred.iter().filter(of_ours) {
@@ -263,7 +268,7 @@ impl<'a, How> Held<'a, How> {
     /// For assertions: whether all of `blocks` lie in areas that are held.
     pub fn covers(&self, blocks: &Range<BlockNum>) -> bool {
         let area = |block: u64| block >> self.stripes.area_shift;
-        self.areas.contains(&area(blocks.start.0)) && self.areas.contains(&area(blocks.end.0 - 1))
+        self.areas.first <= area(blocks.start.0) && area(blocks.end.0 - 1) <= self.areas.last
     }
 }
 
@@ -287,7 +292,7 @@ impl Stripe {
 
 impl Drop for Deferral<'_> {
     fn drop(&mut self) {
-        for stripe in self.stripes.of_areas(&self.areas) {
+        for stripe in self.stripes.of_areas(self.areas) {
             let mut deferred = stripe.deferred();
             deferred.retain(|entry| entry.ticket != self.ticket);
             stripe

@@ -1,50 +1,20 @@
 //! Zero and trim: the requests that may cover the whole disk at once.
 //!
-//! The locking is that of [`super`]. Whole blocks go by steps, so that one large request
-//! keeps others waiting for a step at most: a discard, which changes memory only, by
-//! windows; zeroes that are to take space, which are stored, by areas.
+//! The locking is that of [`super`]; how they go by steps is told in [`super::change`].
 
 use std::ops::Range;
 
+use super::content::{Content, Zeroing};
 use super::map::BlockMap;
 use super::stripes::{AREA, Exclusive, Held};
-use super::write::Content;
 use super::{Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::is_zero;
 use crate::error::{Error, Result};
 
-/// How many bytes of the disk are discarded under one hold of the stripes. Most windows
-/// cover whole leaves of the block map, which costs no time for each block.
-const WINDOW: u64 = 1 << 30;
-
 /// What is written where zeroes must be written.
 static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
-
-/// What a client wants to become of a range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Zeroing {
-    /// The bytes are of no use any more (NBD_CMD_TRIM). Whole blocks read as zeroes
-    /// afterwards, parts of blocks may keep their bytes.
-    Trim,
-    /// Zeroes (NBD_CMD_WRITE_ZEROES).
-    Zero {
-        /// The space may be given back (no NBD_CMD_FLAG_NO_HOLE).
-        may_trim: bool,
-        /// ENOTSUP is wanted rather than written zeroes (NBD_CMD_FLAG_FAST_ZERO).
-        fast: bool,
-    },
-}
-
-impl Zeroing {
-    pub(super) fn may_trim(self) -> bool {
-        match self {
-            Zeroing::Trim => true,
-            Zeroing::Zero { may_trim, .. } => may_trim,
-        }
-    }
-}
 
 /// More than this of one block is not zeroed in a moment: parts are written.
 const LARGE_PART: u64 = 1 << 20;
@@ -209,35 +179,5 @@ impl<S: Store> Overlay<S> {
             at += len;
         }
         Ok(true)
-    }
-
-    /// Whether [`Overlay::steps`] has one step only.
-    pub(super) fn is_one_step(&self, blocks: &Range<BlockNum>, content: Content<'_>) -> bool {
-        self.step_end(blocks.start, content) >= blocks.end
-    }
-
-    /// `blocks`, cut into what is changed under one hold of the stripes.
-    pub(super) fn steps<'a>(
-        &'a self,
-        blocks: Range<BlockNum>,
-        content: Content<'a>,
-    ) -> impl Iterator<Item = Range<BlockNum>> + 'a {
-        let mut rest = blocks;
-        std::iter::from_fn(move || {
-            if rest.start >= rest.end {
-                return None;
-            }
-            let step = rest.start..rest.end.min(self.step_end(rest.start, content));
-            rest.start = step.end;
-            Some(step)
-        })
-    }
-
-    fn step_end(&self, start: BlockNum, content: Content<'_>) -> BlockNum {
-        if content.may_trim() {
-            let step = (WINDOW / self.block_size.bytes()).max(1);
-            return BlockNum((start.0 / step + 1) * step);
-        }
-        self.stripes.area_end(start)
     }
 }
