@@ -475,9 +475,11 @@ fn keep_trimming<S: Store>(overlay: &Overlay<S>, stop: &AtomicBool) {
     let base = TestBase::new(LARGE_SIZE);
     let range = (SHARED_SIZE / 65536 + 1) * 65536..LARGE_SIZE;
     let (start, len) = (range.start, range.end - range.start);
-    let mut round = 0;
-    while !stop.load(Ordering::SeqCst) {
-        round += 1;
+    // A byte that is never 0, however long the others take.
+    for round in (1..=200_u8).cycle() {
+        if stop.load(Ordering::SeqCst) {
+            return;
+        }
         overlay
             .write(&base, &vec![round; len as usize], start)
             .expect("a good write");
