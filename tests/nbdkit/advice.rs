@@ -230,7 +230,9 @@ fn extents_that_the_layer_below_does_not_tell_are_data() {
         r#"
         found = extents(h)
         holes = M + 8 * K
-        assert found == [(0, holes, "hole,zero"), (holes, 56 * K, "data")], found
+        # Newer versions of that filter round the answer too.
+        told = [(0, M + 64 * K, "hole,zero")]
+        assert found in ([(0, holes, "hole,zero"), (holes, 56 * K, "data")], told), found
         same(read(h), bytes(M + 64 * K))
         "#,
     );
@@ -254,7 +256,9 @@ fn a_range_as_long_as_a_request_can_be_is_rounded_out() {
         for start in [1, 512, 64 * K - 1, 4 * G]:
             for length in [4 * G - 1, 4 * G - 512, 4 * G - 64 * K + 1]:
                 h.cache(length, start)
-                assert reply(h, length, start) == [(length, "hole,zero")], (start, length)
+                [(found, kind)] = reply(h, length, start)
+                # The second is all that newer versions of nbdkit say at once.
+                assert kind == "hole,zero" and found in (length, 4 * G - 64 * K), found
                 # The first extent that there is to know of may end before the rounding.
                 [(found, kind)] = reply(h, length, start, ONE)
                 assert kind == "hole,zero" and length - 128 * K <= found <= length, found
