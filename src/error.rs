@@ -24,6 +24,7 @@ struct Failure {
     tried: Cow<'static, str>,
     source: Option<io::Error>,
     reported: bool,
+    of_write: bool,
     refuses_fast_zero: bool,
 }
 
@@ -39,6 +40,7 @@ impl Error {
             tried: tried.into(),
             source: None,
             reported: false,
+            of_write: false,
             refuses_fast_zero: false,
         }))
     }
@@ -76,6 +78,19 @@ impl Error {
     /// The errno; always positive.
     pub fn errno(&self) -> i32 {
         self.0.errno
+    }
+
+    /// The same error, as one of a system call that writes to a file.
+    #[cold]
+    pub fn of_write(mut self) -> Self {
+        self.0.of_write = true;
+        self
+    }
+
+    /// Whether it is an error of a system call that writes to a file. Such an error may
+    /// be that of an earlier write, of which the system tells now, and only once.
+    pub fn is_of_write(&self) -> bool {
+        self.0.of_write
     }
 
     /// Whether it says that there is no space.

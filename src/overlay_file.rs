@@ -33,13 +33,26 @@ impl OverlayFile {
         Error::io(source, format!("{operation} {self}"))
     }
 
-    /// As [`OverlayFile::failed`], for `len` bytes at `offset` of the file.
+    /// As [`OverlayFile::failed`], for `len` bytes at `offset`: of the image; or of the
+    /// disk, for files without a name, of which a large disk has several.
     #[cold]
     pub fn failed_at(&self, source: io::Error, operation: &str, offset: u64, len: u64) -> Error {
         Error::io(
             source,
             format!("{operation} {self} ({len} bytes at offset {offset})"),
         )
+    }
+
+    /// As [`OverlayFile::failed_at`], for a system call that writes.
+    #[cold]
+    pub fn write_failed_at(
+        &self,
+        source: io::Error,
+        operation: &str,
+        offset: u64,
+        len: u64,
+    ) -> Error {
+        self.failed_at(source, operation, offset, len).of_write()
     }
 
     /// The file is not fit for what it is to be used for. EINVAL.

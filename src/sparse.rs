@@ -39,6 +39,21 @@ pub fn write_synced(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// The first byte at or behind `offset` that may take space, `u64::MAX` if there is none.
+/// `None`: the file system does not tell.
+pub fn next_stored(file: &File, offset: u64) -> Option<u64> {
+    let offset = file_offset(offset).ok()?;
+    // SAFETY: the descriptor is open. Nobody relies on the position of the file that this
+    // changes: all reads and writes name theirs.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) };
+    match Errno::result(found) {
+        Ok(found) => u64::try_from(found).ok(),
+        Err(Errno::ENXIO) => Some(u64::MAX),
+        // It is only that more is looked at.
+        Err(_) => None,
+    }
+}
+
 /// Makes a hole; the file keeps its size. `false`: can't be done here, and nothing
 /// has changed.
 pub fn punch(file: &File, offset: u64, len: u64) -> io::Result<bool> {

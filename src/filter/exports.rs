@@ -7,13 +7,14 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use super::config::{Config, ScopeKind};
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
 use crate::kept::{Kept, KeptStore, Wanted};
 use crate::overlay::{Overlay, Reclaim, Store};
+use crate::sync::{Mutex, MutexGuard, locked};
 use crate::temporary::{Directory, TemporaryStore};
 
 /// The overlays of a filter.
@@ -225,9 +226,7 @@ impl<S: Store> Users<S> {
     }
 
     fn by_export(&self) -> MutexGuard<'_, HashMap<CString, Shared<S>>> {
-        self.by_export
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        locked(&self.by_export)
     }
 }
 

@@ -10,13 +10,14 @@ mod connection;
 mod exports;
 
 use std::ffi::CStr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 
 use crate::error::Result;
 use crate::overlay::Reclaim;
+use crate::sync::{Mutex, locked};
 use crate::temporary::Directory;
 use config::Config;
 pub use connection::{Advice, Connection};
@@ -105,8 +106,4 @@ impl Filter {
             Exports::Kept(kept, _) => kept.finish(),
         }
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

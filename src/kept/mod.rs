@@ -14,7 +14,7 @@ use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
@@ -24,6 +24,7 @@ use crate::qcow2::header::Header;
 use crate::qcow2::image::Image;
 use crate::qcow2::layout::Layout;
 use crate::sparse;
+use crate::sync::{Mutex, MutexGuard, locked};
 use backing::mtime_of;
 pub use backing::{Backing, absolute};
 use image_path::ImagePath;
@@ -167,7 +168,7 @@ impl Kept {
     }
 
     fn held(&self) -> MutexGuard<'_, Option<Arc<KeptOverlay>>> {
-        self.overlay.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.overlay)
     }
 
     /// The overlay for `export`, whose base has `size` bytes, for which the image is fit.
@@ -255,8 +256,11 @@ impl Kept {
         };
         self.path
             .expect_still_there(overlay.store().image().file())?;
+        // First what clients have written: it can take minutes to give back space, and
+        // whoever stops nbdkit may not wait so long.
+        let flushed = overlay.flush();
         overlay.give_back();
-        overlay.flush().map_err(|e| {
+        flushed.and_then(|()| overlay.flush()).map_err(|e| {
             Error::new(
                 e.errno(),
                 format!(

@@ -37,10 +37,12 @@ impl<F: ImageFile> KeptStore<F> {
         Ok(layout.data + offset)
     }
 
-    /// `offset` is one of the disk.
-    fn failed(&self, source: io::Error, operation: &str, offset: u64, len: u64) -> Error {
-        let file = self.image.name();
-        file.failed_at(source, operation, self.image.layout().data + offset, len)
+    /// For a system call that writes; `offset` is one of the disk.
+    fn write_failed(&self, source: io::Error, operation: &str, offset: u64, len: u64) -> Error {
+        let at = self.image.layout().data + offset;
+        self.image
+            .name()
+            .write_failed_at(source, operation, at, len)
     }
 }
 
@@ -50,7 +52,10 @@ impl<F: ImageFile> Store for KeptStore<F> {
         self.image
             .file()
             .read_at(buf, self.host(offset, len)?)
-            .map_err(|e| self.failed(e, "reading", offset, len))
+            .map_err(|e| {
+                let at = self.image.layout().data + offset;
+                self.image.name().failed_at(e, "reading", at, len)
+            })
     }
 
     fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
@@ -58,14 +63,14 @@ impl<F: ImageFile> Store for KeptStore<F> {
         self.image
             .file()
             .write_at(buf, self.host(offset, len)?)
-            .map_err(|e| self.failed(e, "writing to", offset, len))
+            .map_err(|e| self.write_failed(e, "writing to", offset, len))
     }
 
     fn punch(&self, range: ByteRange) -> Result<bool> {
         self.image
             .file()
             .punch(self.host(range.start, range.len())?, range.len())
-            .map_err(|e| self.failed(e, "punching a hole in", range.start, range.len()))
+            .map_err(|e| self.write_failed(e, "punching a hole in", range.start, range.len()))
     }
 
     fn zero_range(&self, range: ByteRange) -> Result<bool> {
@@ -75,11 +80,17 @@ impl<F: ImageFile> Store for KeptStore<F> {
         self.image
             .file()
             .zero_range(self.host(range.start, range.len())?, range.len())
-            .map_err(|e| self.failed(e, "zeroing", range.start, range.len()))
+            .map_err(|e| self.write_failed(e, "zeroing", range.start, range.len()))
     }
 
     fn can_zero_range(&self) -> bool {
         self.can_zero_range
+    }
+
+    fn next_stored(&self, offset: u64) -> Option<u64> {
+        let data = self.image.layout().data;
+        let found = self.image.file().next_stored(data + offset)?;
+        Some(found.saturating_sub(data))
     }
 
     fn reserve(&self, blocks: &Range<BlockNum>, becomes: State) -> Result<()> {

@@ -103,23 +103,23 @@ impl<S: Store> Overlay<S> {
                     full,
                 })
             };
-            match was {
+            Ok(match was {
                 State::Data => match self.change_in_place(held, bytes, content) {
                     // Whole blocks of the same request may make room.
-                    Err(failure) if failure.is_full() => {
-                        return Ok(later(Some(Full { failure, progress })));
+                    Err(failure) if failure.is_full() => later(Some(Full { failure, progress })),
+                    done => {
+                        done?;
+                        held.supersede(bytes, None);
+                        Begun::InPlace
                     }
-                    done => done?,
                 },
                 // A trim promises nothing, and it must not take space.
-                State::Base if content.is_trim() => return Ok(Begun::Nothing),
-                State::Zero if content.may_trim() => {}
-                State::Base | State::Zero => return Ok(later(None)),
-            }
-            held.supersede(bytes, None);
-            Ok(match was {
-                State::Data => Begun::InPlace,
-                State::Base | State::Zero => Begun::Nothing,
+                State::Base if content.is_trim() => Begun::Nothing,
+                State::Zero if content.may_trim() => {
+                    held.supersede(bytes, None);
+                    Begun::Nothing
+                }
+                State::Base | State::Zero => later(None),
             })
         })?;
         match begun {

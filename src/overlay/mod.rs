@@ -2,7 +2,7 @@
 //!
 //! A block's bytes are in the base, in the [`Store`], or nowhere (zeroes); the
 //! block map (`map`) says which. Requests run in parallel. All locking is done
-//! here, in `write` and in `zero`, and this is the argument for it.
+//! here, in `change` and in `reclaim`, and this is the argument for it.
 //!
 //! # Who changes what
 //!
@@ -226,12 +226,18 @@ impl<S: Store> Overlay<S> {
         Ok(())
     }
 
-    /// That a copy is not saved must not fail the request that it is made for. But a
-    /// flush must fail if the error may be that of an earlier write. One of the base is
-    /// not, nor is a want of memory or space: what was acknowledged had that.
+    /// That a copy is not saved must not fail the request that it is made for.
     fn note_not_saved(&self, why: &str, bytes: ByteRange, error: &Error) {
         log::debug!("{why}: {bytes:?} is not saved: {error}");
-        if !error.is_reported() && !error.is_full() && error.errno() != libc::ENOMEM {
+        self.note_untold(error);
+    }
+
+    /// Takes note of an error of which no client is told. A flush has to tell of it if it
+    /// may be that of an earlier write. A want of space is taken for one of this write:
+    /// what was acknowledged had its space. (On NFS that is not so: the server may find
+    /// out later that there is none.)
+    fn note_untold(&self, error: &Error) {
+        if error.is_of_write() && !error.is_full() {
             self.untold.get_or_init(|| error.to_string());
         }
     }

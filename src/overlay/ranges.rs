@@ -36,16 +36,9 @@ impl Ranges {
         self.ends.insert(merged.start, merged.end);
     }
 
-    /// Takes the lowest range out of the set, or what of it lies before `cut`, which is
-    /// given the range's start and lies behind that.
-    pub fn take_first(&mut self, cut: impl FnOnce(u64) -> u64) -> Option<ByteRange> {
+    /// Takes the lowest range out of the set.
+    pub fn pop_first(&mut self) -> Option<ByteRange> {
         let (start, end) = self.ends.pop_first()?;
-        let cut = cut(start);
-        debug_assert!(cut > start);
-        if cut < end {
-            self.ends.insert(cut, end);
-        }
-        let end = end.min(cut);
         Some(ByteRange { start, end })
     }
 
@@ -115,7 +108,7 @@ mod tests {
             }
             // Whole ranges come out in order, and no two of them meet.
             let mut last_end = None;
-            while let Some(part) = ranges.take_first(|_| u64::MAX) {
+            while let Some(part) = ranges.pop_first() {
                 prop_assert!(last_end.is_none_or(|end| end < part.start));
                 prop_assert!((part.start..part.end).all(|at| bytes[at as usize]));
                 bytes[part.start as usize..part.end as usize].fill(false);
@@ -123,16 +116,5 @@ mod tests {
             }
             prop_assert!(bytes.iter().all(|byte| !byte));
         }
-    }
-
-    #[test]
-    fn a_range_is_taken_out_in_pieces() {
-        let mut ranges = Ranges::default();
-        ranges.insert(range(5, 25));
-        let mut take = || ranges.take_first(|start| (start / 10 + 1) * 10);
-        assert_eq!(take(), Some(range(5, 10)));
-        assert_eq!(take(), Some(range(10, 20)));
-        assert_eq!(take(), Some(range(20, 25)));
-        assert_eq!(take(), None);
     }
 }

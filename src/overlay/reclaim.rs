@@ -18,6 +18,10 @@
 //!
 //! What a failed request has left behind is given back in the same way.
 //!
+//! Where even a hole needs space (on XFS) punching can find none. It is tried again when
+//! something else was given back, and by the next request that gives something back or
+//! finds no space.
+//!
 //! # Who does it
 //!
 //! One thread for all overlays of a filter ([`Reclaim::run`]). Where there is none, the
@@ -29,8 +33,9 @@
 //!
 //! `punching` is taken before any stripe, and is held while a piece is punched: who finds
 //! the set empty under it knows that nothing is under way. No stripe is held when it is
-//! taken. The lock of the set itself is an inner one, held for moments. Those of
-//! [`Reclaim`] are outside of all of them, and are not held while anything is punched.
+//! taken. The locks of the sets are inner ones, held for moments; that of what is to be
+//! tried again is taken before the other. Those of [`Reclaim`] are outside of all of them,
+//! and are not held while anything is punched.
 
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -39,13 +44,18 @@ use super::ranges::Ranges;
 use super::stripes::AREA;
 use super::{Overlay, State, Store};
 use crate::block::ByteRange;
-use crate::error::Result;
+use crate::error::Error;
 use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, Ordering, locked};
+
+/// The unit in which nearly every file system gives space back, in bytes.
+const FILE_SYSTEM_BLOCK: u64 = 4096;
 
 /// Where an overlay may have space that nobody needs.
 #[derive(Default)]
 pub struct Pending {
     ranges: Mutex<Ranges>,
+    /// What could not be punched because even that needs space (as XFS does).
+    without_room: Mutex<Ranges>,
     punching: Mutex<PieceLength>,
     /// A failure was logged.
     has_failed: AtomicBool,
@@ -85,11 +95,25 @@ impl Pending {
     pub fn insert(&self, range: ByteRange) {
         locked(&self.ranges).insert(range);
     }
+
+    /// Has another try at what could not be punched for want of space.
+    fn retry(&self) {
+        let mut without_room = locked(&self.without_room);
+        let mut ranges = locked(&self.ranges);
+        while let Some(range) = without_room.pop_first() {
+            ranges.insert(range);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        locked(&self.ranges).is_empty()
+    }
 }
 
 /// An overlay, whatever its store is.
 trait GivesBack: Send + Sync {
-    fn give_back(&self, is_stopped: &dyn Fn() -> bool);
+    /// As [`Overlay::give_back`], until `is_stopped`.
+    fn give_back_until(&self, is_stopped: &dyn Fn() -> bool);
 }
 
 /// What the overlays of a filter have in common.
@@ -115,7 +139,7 @@ impl Reclaim {
     pub fn run(&self) {
         let _running = Running::new(self);
         while self.wait() {
-            self.give_back(|| locked(&self.thread).is_stopped);
+            self.give_back_all(|| locked(&self.thread).is_stopped);
         }
     }
 
@@ -147,11 +171,11 @@ impl Reclaim {
     }
 
     /// Gives back what is pending of all overlays.
-    fn give_back(&self, is_stopped: impl Fn() -> bool) {
+    fn give_back_all(&self, is_stopped: impl Fn() -> bool) {
         let overlays = locked(&self.overlays).clone();
         for overlay in overlays.iter().filter_map(Weak::upgrade) {
             // All space of one that nobody uses any more comes back when it is dropped.
-            overlay.give_back(&|| is_stopped() || Arc::strong_count(&overlay) == 1);
+            overlay.give_back_until(&|| is_stopped() || Arc::strong_count(&overlay) == 1);
         }
     }
 
@@ -181,58 +205,87 @@ impl Drop for Running<'_> {
 impl<S: Store> Overlay<S> {
     /// Gives back all that is pending, and waits for what others are giving back.
     pub fn give_back(&self) {
-        while self.give_back_piece() {}
+        self.give_back_until(&|| false);
     }
 
     /// The same for one piece. False: there is none left.
     fn give_back_piece(&self) -> bool {
         let mut length = locked(&self.pending.punching);
-        let cut = |start| length.end_of(start);
-        let Some(piece) = locked(&self.pending.ranges).take_first(cut) else {
+        let Some(mut range) = locked(&self.pending.ranges).pop_first() else {
             return false;
         };
-        let begun = Instant::now();
-        let punched = self.punch_unused(piece);
-        length.adapt(begun.elapsed());
-        match punched {
-            Ok(false) => {}
-            Ok(true) => {
-                self.reclaim.pieces.fetch_add(1, Ordering::Relaxed);
-            }
-            // It loses nothing but the space: what is not data is not read. It is told
-            // once, and not tried again, which could go on for ever.
-            Err(e) => {
-                if !self.pending.has_failed.swap(true, Ordering::Relaxed) {
-                    log::warn!("space that is not needed any more can't be given back: {e}");
-                }
-            }
+        if self.has_orphans {
+            // The range may be all of a large disk of which little is stored.
+            let stored = self.store.next_stored(range.start).unwrap_or(range.start);
+            range.start = stored.clamp(range.start, range.end);
+        }
+        let piece = ByteRange {
+            end: range.end.min(length.end_of(range.start)),
+            ..range
+        };
+        self.pending.insert(ByteRange {
+            start: piece.end,
+            ..range
+        });
+        if !piece.is_empty() && self.punch_unused(piece, &mut length) {
+            self.reclaim.pieces.fetch_add(1, Ordering::Relaxed);
+            self.pending.retry();
         }
         true
     }
 
     /// Punches out what is not *data* in `piece`, which lies within one area, and tells
     /// whether there was anything.
-    fn punch_unused(&self, piece: ByteRange) -> Result<bool> {
+    fn punch_unused(&self, piece: ByteRange, length: &mut PieceLength) -> bool {
+        // Smaller blocks share a block of the file system, which is given back as a whole.
+        let piece = ByteRange {
+            start: piece.start / FILE_SYSTEM_BLOCK * FILE_SYSTEM_BLOCK,
+            end: piece.end.next_multiple_of(FILE_SYSTEM_BLOCK).min(self.size),
+        };
         let blocks = self.block_size.touched_by(piece);
         self.stripes.exclusive(&blocks, |_held| {
             let mut data = Ranges::default();
             for run in self.map.runs(blocks.clone()) {
-                if let (State::Data, run) = run? {
-                    data.insert(self.bytes_of(&run));
+                match run {
+                    Ok((State::Data, run)) => data.insert(self.bytes_of(&run)),
+                    Ok(_) => {}
+                    // What is not known to be unused is kept.
+                    Err(_) => return false,
                 }
             }
+            let begun = Instant::now();
             let mut has_punched = false;
             for unused in data.gaps(piece) {
-                has_punched |= self.store.punch(unused)?;
+                match self.store.punch(unused) {
+                    Ok(done) => has_punched |= done,
+                    Err(e) => self.note_not_punched(unused, &e),
+                }
             }
-            Ok(has_punched)
+            length.adapt(begun.elapsed());
+            has_punched
         })
+    }
+
+    /// That something can't be punched loses nothing but the space, since what is not
+    /// *data* is not read. For want of space it is tried again later. Otherwise it is told
+    /// once, and not tried again, which could go on for ever.
+    fn note_not_punched(&self, unused: ByteRange, error: &Error) {
+        if error.is_full() {
+            log::debug!("tried again later: {error}");
+            locked(&self.pending.without_room).insert(unused);
+            return;
+        }
+        self.note_untold(error);
+        if !self.pending.has_failed.swap(true, Ordering::Relaxed) {
+            log::warn!("space that is not needed any more can't be given back: {error}");
+        }
     }
 
     /// Has given back what is pending: by the thread, or here and now if there is none.
     /// No stripe is held.
     pub(super) fn give_back_later(&self) {
-        if !locked(&self.pending.ranges).is_empty() && !self.reclaim.wake() {
+        self.pending.retry();
+        if !self.pending.is_empty() && !self.reclaim.wake() {
             self.give_back();
         }
     }
@@ -240,7 +293,7 @@ impl<S: Store> Overlay<S> {
     /// Makes what room there is to be had. No stripe is held.
     pub(super) fn make_room(&self) {
         self.give_back();
-        self.reclaim.give_back(|| false);
+        self.reclaim.give_back_all(|| false);
     }
 }
 
@@ -259,7 +312,8 @@ impl<S: Store + 'static> Overlay<S> {
 }
 
 impl<S: Store> GivesBack for Overlay<S> {
-    fn give_back(&self, is_stopped: &dyn Fn() -> bool) {
+    fn give_back_until(&self, is_stopped: &dyn Fn() -> bool) {
+        self.pending.retry();
         while !is_stopped() && self.give_back_piece() {}
     }
 }

@@ -19,6 +19,12 @@ pub trait Store: Send + Sync {
     /// done here, and nothing has changed.
     fn punch(&self, range: ByteRange) -> Result<bool>;
 
+    /// The first byte at or behind `offset` that may take space: what lies between is a
+    /// hole, and need not be punched. `None`: not known.
+    fn next_stored(&self, _offset: u64) -> Option<u64> {
+        None
+    }
+
     /// Makes `range` read as zeroes and keeps or takes space for it, without
     /// writing them. `false`: can't be done here, and nothing has changed.
     fn zero_range(&self, range: ByteRange) -> Result<bool>;

@@ -11,7 +11,7 @@ use super::{Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::{buffer, is_zero};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 impl<S: Store> Overlay<S> {
     /// Writes `buf` at `offset`.
@@ -97,7 +97,12 @@ impl<S: Store> Overlay<S> {
             match piece {
                 Piece::Whole { blocks, .. } => self.put_blocks(held, &blocks, content)?,
                 Piece::Partial { block, bytes } => {
-                    debug_assert_ne!(self.map.state(block)?, State::Base);
+                    if self.map.state(block)? == State::Base {
+                        return Err(Error::new(
+                            libc::EIO,
+                            format!("internal error: {block:?} is base, but was stored before"),
+                        ));
+                    }
                     let whole = self.bytes_of(&(block..block.next()));
                     self.put_part(held, block, bytes, &mut buffer(whole.len())?, content)?;
                 }

@@ -16,12 +16,8 @@ use crate::error::{Error, Result};
 /// What is written where zeroes must be written.
 static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
 
-/// More than this of one block is not zeroed in a moment: parts are written.
+/// More than this of one block is not written in a moment.
 const LARGE_PART: u64 = 1 << 20;
-
-fn is_large_part(piece: &Piece) -> bool {
-    matches!(piece, Piece::Partial { bytes, .. } if bytes.len() > LARGE_PART)
-}
 
 /// Blocks up to this size are looked through when a part of them becomes zeroes.
 const MAX_LOOKED_THROUGH: u64 = 64 << 10;
@@ -38,16 +34,30 @@ impl<S: Store> Overlay<S> {
                 "the overlay's file system can't zero a range fast and keep its space",
             ));
         }
-        let mut pieces = self.block_size.pieces(range, self.size);
-        if must_be_fast && pieces.any(|piece| is_large_part(&piece)) {
-            return Err(Error::not_fast(
-                "a large part of a block can't be zeroed fast (cow-block-size)",
-            ));
+        for piece in self.block_size.pieces(range, self.size) {
+            if must_be_fast && self.is_slow_to_zero(&piece)? {
+                return Err(Error::not_fast(
+                    "a large part of a block can't be zeroed fast (cow-block-size)",
+                ));
+            }
         }
         log::trace!("zero {range:?}, {how:?}");
         let done = self.change(base, range, Content::Zeroes(how));
         self.give_back_later();
         self.give_back_if_failed(range, done)
+    }
+
+    /// Zeroes in a part of a block are written; and with them, in a block that is *base*,
+    /// the rest of the block.
+    fn is_slow_to_zero(&self, piece: &Piece) -> Result<bool> {
+        let Piece::Partial { block, bytes } = piece else {
+            return Ok(false);
+        };
+        Ok(match self.map.state(*block)? {
+            State::Base => self.block_size.bytes() > LARGE_PART,
+            State::Data => bytes.len() > LARGE_PART,
+            State::Zero => false,
+        })
     }
 
     /// Makes `blocks` *zero*; their space is given back later. ENOSPC if there is no space
@@ -158,6 +168,7 @@ impl<S: Store> Overlay<S> {
         });
         if let Err(e) = done {
             log::debug!("{block:?} keeps its space: {e}");
+            self.note_untold(&e);
         }
     }
 

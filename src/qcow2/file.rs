@@ -32,6 +32,12 @@ pub trait ImageFile: Send + Sync {
         Ok(())
     }
 
+    /// The first byte at or behind `offset` that may take space: what lies between is a
+    /// hole. `None`: not known. Beyond all that takes space it is `u64::MAX`.
+    fn next_stored(&self, _offset: u64) -> Option<u64> {
+        None
+    }
+
     /// Makes a hole. `false`: can't be done here, and nothing has changed.
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool>;
 
@@ -71,6 +77,10 @@ impl ImageFile for File {
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         sparse::reserve(self, offset, len).map(drop)
+    }
+
+    fn next_stored(&self, offset: u64) -> Option<u64> {
+        sparse::next_stored(self, offset)
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {

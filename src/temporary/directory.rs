@@ -5,11 +5,11 @@ use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{self, Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
 use crate::sparse;
+use crate::sync::{Mutex, MutexGuard, locked};
 
 /// A directory that was found fit to hold overlays.
 #[derive(Debug)]
@@ -79,7 +79,7 @@ impl Directory {
     }
 
     fn spare(&self) -> MutexGuard<'_, Option<File>> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.spare)
     }
 
     /// A new file without a name, mode 0600, close-on-exec, sparse, of `size` bytes.

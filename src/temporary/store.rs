@@ -152,9 +152,18 @@ impl TemporaryStore {
         (at + range.len() <= 1 << self.segment_shift).then_some((file, at))
     }
 
+    fn file_name(&self) -> OverlayFile {
+        OverlayFile::In(self.directory.path().to_owned())
+    }
+
     fn failed(&self, source: io::Error, operation: &str, part: ByteRange) -> Error {
-        let file = OverlayFile::In(self.directory.path().to_owned());
-        file.failed_at(source, operation, part.start, part.len())
+        self.file_name()
+            .failed_at(source, operation, part.start, part.len())
+    }
+
+    fn write_failed(&self, source: io::Error, operation: &str, part: ByteRange) -> Error {
+        self.file_name()
+            .write_failed_at(source, operation, part.start, part.len())
     }
 }
 
@@ -183,12 +192,12 @@ impl Store for TemporaryStore {
         if let Some((file, at)) = self.in_one(range) {
             return file
                 .write_all_at(buf, at)
-                .map_err(|e| self.failed(e, "writing to", range));
+                .map_err(|e| self.write_failed(e, "writing to", range));
         }
         for (index, at, part) in self.parts(range) {
             let file = self.present_or_new(index)?;
             file.write_all_at(&buf[part.in_buffer(offset)], at)
-                .map_err(|e| self.failed(e, "writing to", part))?;
+                .map_err(|e| self.write_failed(e, "writing to", part))?;
         }
         Ok(())
     }
@@ -201,7 +210,7 @@ impl Store for TemporaryStore {
         for (index, at, part) in self.parts(range) {
             if let Some(file) = self.present(index) {
                 done &= sparse::punch(&file, at, part.len())
-                    .map_err(|e| self.failed(e, "punching a hole in", part))?;
+                    .map_err(|e| self.write_failed(e, "punching a hole in", part))?;
             }
         }
         Ok(done)
@@ -215,7 +224,7 @@ impl Store for TemporaryStore {
         for (index, at, part) in self.parts(range) {
             let file = self.present_or_new(index)?;
             done &= sparse::zero_range(&file, at, part.len())
-                .map_err(|e| self.failed(e, "zeroing", part))?;
+                .map_err(|e| self.write_failed(e, "zeroing", part))?;
         }
         Ok(done)
     }

@@ -427,9 +427,15 @@ fn a_large_part_of_a_block_is_not_zeroed_fast() {
     let error = disk.zero(&base, 1, 2 << 20, DISCARD).expect_err("not fast");
     assert_eq!(error.errno(), libc::ENOTSUP);
     assert_eq!(base.read_calls(), []);
+    // A small part of a block of the base takes the rest of the block with it.
+    let error = disk
+        .zero(&base, (8 << 20) + 1, 1000, DISCARD)
+        .expect_err("not fast");
+    assert_eq!(error.errno(), libc::ENOTSUP);
+    assert_eq!(base.read_calls(), []);
     for (offset, len) in [(0, 8 << 20), (16 << 20, 1000), (1, 1000)] {
         disk.zero(&base, offset, len, DISCARD)
-            .expect("whole blocks and small parts");
+            .expect("whole blocks, and parts of what is zeroes");
     }
 }
 

@@ -299,3 +299,40 @@ fn an_overlay_that_nobody_uses_any_more_is_gone() {
         busy.end();
     });
 }
+
+/// XFS needs space to make a hole. A full one has none, and what could not be punched is
+/// *zero* already: no later trim would come upon it again.
+#[test]
+fn a_hole_for_which_there_was_no_space_is_made_later() {
+    let others: [(&str, Request); 3] = [
+        ("another trim", |base, disk| trim(base, disk, AREA, BLOCK)),
+        ("the same trim", |base, disk| trim(base, disk, 0, BLOCK)),
+        ("a request that finds no space", |base, disk| {
+            disk.store().fail_next(libc::ENOSPC);
+            write(base, disk, 3, 2 * AREA, BLOCK);
+        }),
+    ];
+    for (name, other) in others {
+        let (base, disk) = test_disk(SIZE);
+        write(&base, &disk, 1, 0, BLOCK);
+        write(&base, &disk, 1, AREA, BLOCK);
+        disk.store().fail_next(libc::ENOSPC);
+        trim(&base, &disk, 0, BLOCK);
+        assert!(disk.store().stored().contains(&0), "{name}: it has failed");
+        other(&base, &disk);
+        assert_only_data_is_stored(&disk);
+    }
+}
+
+#[test]
+fn blocks_that_share_a_block_of_the_file_system_give_it_back_as_a_whole() {
+    let base = TestBase::new(SIZE);
+    let disk = Overlay::new(SIZE, block_size(512), TestStore::default());
+    write(&base, &disk, 1, 8192, 4096);
+    disk.store().forget_calls();
+    for block in 0..8 {
+        trim(&base, &disk, 8192 + block * 512, 512);
+    }
+    let last = disk.store().calls().pop();
+    assert_eq!(last, Some(Call::Punch(8192, 12288)));
+}

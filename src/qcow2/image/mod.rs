@@ -28,8 +28,9 @@
 //!   6. A refcount without an entry is a leak, which loses nothing; the next flush
 //!   of the next program that opens the image makes up for it ([`Image::load`]).
 //! - Entries are 16 bytes and do not straddle a sector, so each is old or new.
-//! - A discard punches its hole before its flush. Until 5 the file's entry may
-//!   still say *data*, and a crash then leaves zeroes, as the discard wanted.
+//! - The hole of a discard may be punched before its flush or after it. Until 5 the
+//!   file's entry may still say *data*, and a crash then leaves the old bytes, or zeroes,
+//!   as the discard wanted. After 5 no entry leads to those bytes.
 //!
 //! # No change is missed
 //!
@@ -250,7 +251,8 @@ impl<F: ImageFile> Image<F> {
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.file.write_at(bytes, offset).map_err(|e| {
             let len = bytes.len() as u64;
-            self.name.failed_at(e, "writing tables of", offset, len)
+            self.name
+                .write_failed_at(e, "writing tables of", offset, len)
         })
     }
 

@@ -89,7 +89,7 @@ impl<F: ImageFile> Image<F> {
         ] {
             self.file.reserve(at, end - at).map_err(|e| {
                 let operation = "taking space for tables of";
-                self.name.failed_at(e, operation, at, end - at)
+                self.name.write_failed_at(e, operation, at, end - at)
             })?;
         }
         Ok(())
