@@ -17,9 +17,12 @@ make doc            the manual page only (make man does the same)
 make install        the filter and the manual page, as built before;
                     DESTDIR= FILTERDIR= MANDIR= say where,
                     LIBRARY= names a library that was built elsewhere;
-                    where it went is noted in /var/lib, or in STATEDIR=
+                    where it went is noted in STATEDIR=, which is /var/lib if
+                    not set; for a user who is not root, XDG_STATE_HOME or
+                    ~/.local/state
 make uninstall      takes both away from where they went, or where FILTERDIR= and
-                    MANDIR= say, and puts back what was there before
+                    MANDIR= say, and puts back what was there before;
+                    needs the STATEDIR= of the install
 make lint           formatting, clippy, rustdoc, manual page, shell scripts
 make clean          removes what was built
 TEXT

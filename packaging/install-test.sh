@@ -192,6 +192,54 @@ tests() {
     make_it uninstall
     unchanged
 
+    new_case 'two filters with one page'
+    make_it install
+    with_one=$(snapshot)
+    make_it install FILTERDIR="$fs/other"
+    make_it uninstall FILTERDIR="$fs/other"
+    rmdir -- "$fs/other"
+    diff <(cat <<<"$with_one") <(snapshot) >&2 || fail 'the other install has changed'
+    make_it install FILTERDIR="$fs/other"
+    make_it uninstall FILTERDIR="$filters"
+    same "$our_page" "$page"
+    make_it uninstall
+    rmdir -- "$fs/other"
+    unchanged
+
+    new_case 'one filter with two pages'
+    make_it install
+    with_one=$(snapshot)
+    make_it install MANDIR="$fs/other"
+    make_it uninstall MANDIR="$fs/other"
+    rmdir -- "$fs/other/man1" "$fs/other"
+    diff <(cat <<<"$with_one") <(snapshot) >&2 || fail 'the other install has changed'
+    make_it uninstall
+    unchanged
+
+    new_case 'taken away in one place after nbdkit'
+    make_it install FILTERDIR="$fs/other"
+    remove_nbdkit
+    make_it uninstall FILTERDIR="$fs/other"
+    for file in "$fs/other/nbdkit-cow-filter.so" "$page" "$record"; do gone "$file"; done
+
+    new_case 'cut short'
+    make_it install
+    touch -- "$library.new" "$page.new" "$record.new"
+    make_it uninstall
+    unchanged
+
+    new_case 'a user without a home'
+    mkdir -- "$fs/user"
+    printf '#!/bin/sh\necho 1000\n' >"$fs/user/id"
+    chmod 755 "$fs/user/id"
+    for what in install uninstall; do
+        ! env -u HOME -u XDG_STATE_HOME -u STATEDIR PATH="$fs/user:$PATH" \
+            "$root/packaging/install.sh" "$what" >"$work/output" 2>&1 || fail "$what has succeeded"
+        grep -q 'set STATEDIR' "$work/output" || fail "$what: $(cat -- "$work/output")"
+    done
+    rm -r -- "$fs/user"
+    unchanged
+
     new_case 'what is recorded is not there any more'
     make_it install FILTERDIR="$fs/other" MANDIR="$fs/other/man"
     rm -r -- "$fs/other"

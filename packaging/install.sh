@@ -28,20 +28,22 @@ mandir=${MANDIR:-}
 library_in() { realpath -ms -- "$destdir$1/nbdkit-cow-filter.so"; }
 page_in() { realpath -ms -- "$destdir$1/man1/nbdkit-cow-filter.1"; }
 
-# The record: the path of one file on each line. A user who is not root has one of
-# their own.
+# The record: an install on each line, the paths of its library and its page with a tab
+# between. Several installs may share one of these files. A user who is not root has
+# a record of their own.
 record=
 if [ -z "$destdir" ]; then
     state=${STATEDIR:-}
     if [ -z "$state" ]; then
         state=/var/lib
-        [ "$(id -u)" -eq 0 ] || state=${XDG_STATE_HOME:-$HOME/.local/state}
+        [ "$(id -u)" -eq 0 ] || state=${XDG_STATE_HOME:-${HOME:+$HOME/.local/state}}
     fi
+    [ -n "$state" ] || die 'HOME is not set, so there is no place for the record of what is installed: set STATEDIR.'
     record=$(realpath -ms -- "$state/nbdkit-cow-filter/installed")
 fi
 recorded=()
 if [ -n "$record" ] && [ -e "$record" ]; then
-    mapfile -t recorded < <(grep -xE '/.*/nbdkit-cow-filter\.so|/.*/man1/nbdkit-cow-filter\.1' -- "$record")
+    mapfile -t recorded < <(grep -xE $'/[^\t]*/nbdkit-cow-filter\\.so\t/[^\t]*/man1/nbdkit-cow-filter\\.1' -- "$record")
 fi
 
 # Whether the first argument is one of the others.
@@ -53,26 +55,15 @@ is_among() {
 }
 
 remember() {
-    local file
-    for file; do
-        [[ $file != *$'\n'* ]] || die "The path of $file has a line break in it."
-        is_among "$file" "${recorded[@]}" || recorded+=("$file")
-    done
-    write_record
-}
-
-forget() {
-    local file left=()
-    for file in "${recorded[@]}"; do
-        is_among "$file" "$@" || left+=("$file")
-    done
-    recorded=("${left[@]}")
+    local library=$1 page=$2
+    [[ $library$page != *[$'\t\n']* ]] || die "The path of $library or $page has a tab or a line break in it."
+    is_among "$library"$'\t'"$page" "${recorded[@]}" || recorded+=("$library"$'\t'"$page")
     write_record
 }
 
 write_record() {
     if [ "${#recorded[@]}" -eq 0 ]; then
-        rm -f -- "$record"
+        rm -f -- "$record" "$record.new"
         [ ! -d "${record%/*}" ] || rmdir --ignore-fail-on-non-empty -- "${record%/*}"
         return
     fi
@@ -230,20 +221,33 @@ install)
     fi
     ;;
 uninstall)
-    # What is recorded, but who names a directory means that one.
-    libraries=() pages=()
-    for file in "${recorded[@]}"; do
-        case $file in
-        *.so) [ "${FILTERDIR:-}" ] || libraries+=("$file") ;;
-        *) [ "${FILTERDIR:-}${MANDIR:-}" ] || pages+=("$file") ;;
-        esac
+    # The installs that are recorded. Who names a directory means those in it.
+    libraries=() pages=() remaining=() in_use=()
+    for entry in "${recorded[@]}"; do
+        library=${entry%$'\t'*} page=${entry#*$'\t'}
+        if { [ -z "${FILTERDIR:-}" ] || [ "$library" = "$(library_in "$filterdir")" ]; } &&
+            { [ -z "${MANDIR:-}" ] || [ "$page" = "$(page_in "$mandir")" ]; }; then
+            libraries+=("$library")
+            pages+=("$page")
+        else
+            remaining+=("$entry")
+            in_use+=("$library" "$page")
+        fi
     done
     if [ "${#libraries[@]}" -eq 0 ]; then
-        [ -n "$filterdir" ] || die 'No installation is recorded, and neither pkg-config nor nbdkit says where filters go: set FILTERDIR.'
+        [ -n "$filterdir" ] || die 'No such installation is recorded, and neither pkg-config nor nbdkit says where filters go: set FILTERDIR.'
         libraries=("$(library_in "$filterdir")")
+        pages=("$(page_in "$mandir")")
     fi
-    [ "${#pages[@]}" -gt 0 ] || pages=("$(page_in "$mandir")")
-    files=("${libraries[@]}" "${pages[@]}")
+    files=()
+    for file in "${libraries[@]}" "${pages[@]}"; do
+        ! is_among "$file" "${files[@]}" || continue
+        if is_among "$file" "${in_use[@]}"; then
+            say "Left      $file, which another install has too"
+        else
+            files+=("$file")
+        fi
+    done
     for file in "${files[@]}"; do
         [ ! -d "${file%/*}" ] || must_write "$file"
     done
@@ -254,6 +258,7 @@ uninstall)
         elif [ -e "$file" ]; then
             say "Left      $file, which is not from here"
         fi
+        rm -f -- "$file.new" # of an install that was cut short
         [ -z "$destdir" ] || continue
         names_of "$file"
         for name in "${names[@]}"; do
@@ -262,7 +267,8 @@ uninstall)
         done
     done
     if [ -z "$destdir" ]; then
-        forget "${files[@]}"
+        recorded=("${remaining[@]}")
+        write_record
         renew_index "${pages[@]%/*/*}"
     fi
     ;;
