@@ -35,7 +35,7 @@ impl<S: Store> Overlay<S> {
             ));
         }
         for piece in self.block_size.pieces(range, self.size) {
-            if must_be_fast && self.is_slow_to_zero(&piece)? {
+            if must_be_fast && self.is_slow_to_zero(&piece, how)? {
                 return Err(Error::not_fast(
                     "a large part of a block can't be zeroed fast (cow-block-size)",
                 ));
@@ -47,16 +47,16 @@ impl<S: Store> Overlay<S> {
         self.give_back_if_failed(range, done)
     }
 
-    /// Zeroes in a part of a block are written; and with them, in a block that is *base*,
-    /// the rest of the block.
-    fn is_slow_to_zero(&self, piece: &Piece) -> Result<bool> {
+    /// Zeroes in a part of a block are written; and with them, in a block that is not
+    /// *data*, the rest of the block.
+    fn is_slow_to_zero(&self, piece: &Piece, how: Zeroing) -> Result<bool> {
         let Piece::Partial { block, bytes } = piece else {
             return Ok(false);
         };
         Ok(match self.map.state(*block)? {
-            State::Base => self.block_size.bytes() > LARGE_PART,
             State::Data => bytes.len() > LARGE_PART,
-            State::Zero => false,
+            State::Zero if how.may_trim() => false,
+            State::Zero | State::Base => self.block_size.bytes() > LARGE_PART,
         })
     }
 

@@ -427,7 +427,14 @@ fn a_large_part_of_a_block_is_not_zeroed_fast() {
     let error = disk.zero(&base, 1, 2 << 20, DISCARD).expect_err("not fast");
     assert_eq!(error.errno(), libc::ENOTSUP);
     assert_eq!(base.read_calls(), []);
-    // A small part of a block of the base takes the rest of the block with it.
+    // A small part of a block that is not stored takes the rest of the block with it.
+    disk.zero(&base, 0, 8 << 20, DISCARD).expect("a good zero");
+    let keep = Zeroing::Zero {
+        may_trim: false,
+        fast: true,
+    };
+    let error = disk.zero(&base, 1, 1000, keep).expect_err("not fast");
+    assert_eq!(error.errno(), libc::ENOTSUP);
     let error = disk
         .zero(&base, (8 << 20) + 1, 1000, DISCARD)
         .expect_err("not fast");
