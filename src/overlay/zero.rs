@@ -56,7 +56,7 @@ impl<S: Store> Overlay<S> {
         Ok(match self.map.state(*block)? {
             State::Data => bytes.len() > LARGE_PART,
             State::Zero if how.may_trim() => false,
-            State::Zero | State::Base => self.block_size.bytes() > LARGE_PART,
+            State::Zero | State::Base => self.bytes_of(&(*block..block.next())).len() > LARGE_PART,
         })
     }
 

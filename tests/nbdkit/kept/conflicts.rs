@@ -268,11 +268,11 @@ fn a_file_system_whose_files_are_too_small_is_said_so_at_start() {
     let overlay = mount.path().join("diff.qcow2");
     let kept = format!("cow-overlay={}", text(&overlay));
     let error = Setup::new().error(&["file", text(&base), &kept]);
-    assert_says(&error, &[text(&overlay), "ulimit -f"]);
+    assert_says(&error, &[text(&overlay), "File too large"]);
 
     let plugin = ["null", "20T", &kept, "cow-backing=nbd:localhost:1"];
     let error = refused_to_a_client(&Setup::new(), &plugin);
-    assert_says(&error, &[text(&overlay), "ulimit -f"]);
+    assert_says(&error, &[text(&overlay), "File too large"]);
     // Larger than any image with such blocks.
     let plugin = |size| ["null", size, &kept, "cow-backing=nbd:localhost:1"];
     let error = refused_to_a_client(&Setup::new(), &plugin("5P"));
