@@ -5,6 +5,6 @@
 need_cargo
 cd -- "$root"
 cargo test --no-fail-fast
-packaging/install-test.sh
+tests/packaging/install.sh
 packaging/model-check.sh
 packaging/fuzz.sh 45

@@ -20,7 +20,7 @@ manual_page() {
         pod2man --errors=die --utf8 "$manual_source" >/dev/null
 }
 
-scripts=(packaging/*.sh .ci/run)
+scripts=(packaging/*.sh tests/packaging/*.sh .ci/run)
 syntax() {
     local script status=0
     for script in "${scripts[@]}"; do

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Tests install.sh, in a directory of its own: a stand-in for nbdkit says that its
+# Tests packaging/install.sh, in a directory of its own: a stand-in for nbdkit says that its
 # filters and manual pages are there, and dpkg, which is the real one, has a database
 # there, with a package "nbdkit" in it. The nbdkit of this machine is not touched.
-. "$(dirname -- "$0")/common.sh"
+. "$(dirname -- "$0")/../../packaging/common.sh"
 need_cargo
 [ "$(id -u)" -eq 0 ] || die 'This test needs root, as an installation does.'
 
