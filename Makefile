@@ -2,9 +2,10 @@
 #
 # Settings go to the scripts through the environment, so that a path may
 # contain any character.
-export CRASH_SEED DISK DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY QUICK
+export CRASH_SEED DEBIAN_MIRROR DISK DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY QUICK \
+	SUITES THROW_AWAY_SYSTEM
 
-.PHONY: build run check crash fuzz bench deps doc man install uninstall lint clean help
+.PHONY: build run check check-clients check-packages check-versions crash fuzz bench deps doc man install uninstall lint clean help
 
 build:
 	@packaging/build.sh
@@ -17,6 +18,18 @@ run:
 check:
 	@packaging/deps.sh check
 	@packaging/check.sh
+
+check-clients:
+	@packaging/deps.sh check
+	@packaging/check.sh clients
+
+check-packages:
+	@packaging/deps.sh package
+	@packaging/check.sh packages
+
+check-versions:
+	@packaging/deps.sh roots
+	@packaging/check-versions.sh
 
 crash:
 	@packaging/deps.sh check

@@ -1,10 +1,31 @@
 #!/usr/bin/env bash
-# Runs every test. The tests under nbdkit load the library that cargo builds for
-# them, so nothing has to be built before.
+# check.sh [clients|packages]
+#
+# Runs every test. clients: only those against nbdkit and its clients. packages: those of
+# what a distribution makes of it.
 . "$(dirname -- "$0")/common.sh"
 need_cargo
 cd -- "$root"
-cargo test --no-fail-fast
-tests/packaging/install.sh
-packaging/model-check.sh
-packaging/fuzz.sh 45
+
+# The tests under nbdkit load the library that cargo builds for them, so nothing has to
+# be built before.
+case ${1:-all} in
+all)
+    cargo test --no-fail-fast
+    tests/packaging/install.sh
+    packaging/model-check.sh
+    packaging/fuzz.sh 45
+    ;;
+clients)
+    cargo test --no-fail-fast --test nbdkit
+    tests/packaging/install.sh
+    ;;
+packages)
+    for kind in dist deb rpm; do
+        say
+        say "--- $kind"
+        "tests/packaging/$kind.sh"
+    done
+    ;;
+*) die "check.sh: unknown part '$1': clients or packages" ;;
+esac

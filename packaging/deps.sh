@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs what is missing: deps.sh [build|run|check|bench]
+# Installs what is missing: deps.sh [build|run|check|bench|package|roots]
 #
 # build: to build the filter; run: also for the demo; check: also for the tests;
-# bench: for the benchmark, which needs little of what the tests do.
+# bench: for the benchmark, which needs little of what the tests do; package: to make
+# and test packages; roots: to make systems of other versions of Debian.
 # Without an argument as check, but does not insist on a Rust toolchain (for
 # "sudo make deps", where the toolchain is another user's).
 #
@@ -61,6 +62,11 @@ shellcheck         check  shellcheck
 qemu-utils         bench  qemu-nbd
 libnbd-bin         bench  nbdcopy
 valgrind           bench  valgrind
+git                roots  git
+xz-utils           roots  xz
+tar                roots  tar
+util-linux         roots  unshare
+debootstrap        roots  debootstrap
 TABLE
 }
 
@@ -69,8 +75,8 @@ wanted() {
     case $part in
     build) table | grep -E ' build ' ;;
     run) table | grep -E ' (build|run) ' ;;
-    check) table | grep -Ev ' bench ' ;;
-    bench) table | grep -E ' (build|bench) ' ;;
+    check) table | grep -E ' (build|run|check) ' ;;
+    bench | package | roots) table | grep -E " (build|$part) " ;;
     esac
 }
 
@@ -177,8 +183,8 @@ BUILDS
 }
 
 case $part in
-build | run | check | bench) ;;
-*) die "deps.sh: unknown part '$part': build, run, check or bench" ;;
+build | run | check | bench | package | roots) ;;
+*) die "deps.sh: unknown part '$part': build, run, check, bench, package or roots" ;;
 esac
 if have apt-get && have dpkg-query; then
     install_packages
@@ -186,7 +192,10 @@ else
     list_only
 fi
 
-[ "$part" = check ] || exit 0
+# A tree with vendor/ has them.
+if [ "$part" != check ] || [ -d "$root/vendor" ]; then
+    exit 0
+fi
 # Under sudo the cache of crates is another user's, as the toolchain is.
 if [ "$asked_for" ] && { ! have cargo || [ "${SUDO_USER:-}" ]; }; then
     exit 0

@@ -6,6 +6,12 @@ make build          the filter (release) and its manual page; needs no network
 make run            installs what is missing, builds, and serves a small demo
                     disk until Ctrl-C; DISK=path serves that file instead
 make check          installs what is missing and runs every test
+make check-clients  only the tests with nbdkit and its clients
+make check-packages the tests of the tarballs and packages; for a system that is
+                    thrown away, which THROW_AWAY_SYSTEM=yes says
+make check-versions builds and tests it, packages too, in small systems of Debian 12, 13
+                    and sid that it makes; SUITES= names others, DEBIAN_MIRROR=
+                    where they come from
 make crash          looks at what crashes leave of a kept overlay, at random, until
                     Ctrl-C; CRASH_SEED= begins with that seed
 make fuzz           installs what is missing, and feeds damaged images to the filter
