@@ -5,7 +5,8 @@
 export CRASH_SEED DEBIAN_MIRROR DISK DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY QUICK \
 	SUITES THROW_AWAY_SYSTEM
 
-.PHONY: build run check check-clients check-packages check-versions crash fuzz bench deps doc man install uninstall lint clean help
+.PHONY: build run check check-clients check-packages check-versions crash fuzz bench
+.PHONY: deps doc man install uninstall dist lint clean help
 
 build:
 	@packaging/build.sh
@@ -54,6 +55,9 @@ install:
 
 uninstall:
 	@packaging/install.sh uninstall
+
+dist:
+	@packaging/dist.sh
 
 lint:
 	@packaging/lint.sh

@@ -12,7 +12,7 @@ build_manual() {
     local page version
     have pod2man || die 'pod2man is missing: it comes with perl (package perl or perl-podlators).'
     page=$(manual)
-    version=$(sed -n '/^version/ { s/.*"\(.*\)".*/\1/p; q }' "$root/Cargo.toml")
+    version=$(version)
     mkdir -p -- "$(dirname -- "$page")"
     # Written beside and moved: a page that failed half-way is never installed.
     pod2man --errors=die --utf8 --section=1 --name=nbdkit-cow-filter \

@@ -25,6 +25,9 @@ need_cargo() {
     have cargo || die 'The Rust toolchain is missing: install cargo, then run make again.'
 }
 
+# As it stands in Cargo.toml.
+version() { sed -n '/^version/ { s/.*"\(.*\)".*/\1/p; q }' "$root/Cargo.toml"; }
+
 # Where cargo builds. Asked of cargo, because a configuration file can move it;
 # not required to work, because "sudo make install" often has no cargo.
 target_dir() {

@@ -29,6 +29,8 @@ make install        the filter and the manual page, as built before;
 make uninstall      takes both away from where they went, or where FILTERDIR= and
                     MANDIR= say, and puts back what was there before;
                     needs the STATEDIR= of the install
+make dist           the source tarball, and one of the crates for builds without a
+                    network, into target/dist
 make lint           formatting, clippy, rustdoc, manual page, shell scripts
 make clean          removes what was built
 TEXT
