@@ -30,7 +30,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 # Not run by cargo, which would not pass a signal on.
-built=$(cargo bench --bench bench --no-run --message-format=json-render-diagnostics)
+built=$(cargo_release bench --bench bench --no-run --message-format=json-render-diagnostics)
 executable=$(sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' <<<"$built")
 [ -x "$executable" ] || die 'cargo does not say where the benchmark is.'
 

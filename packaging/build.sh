@@ -5,7 +5,7 @@
 
 build_library() {
     need_cargo
-    cargo build --release --manifest-path "$root/Cargo.toml"
+    cargo_release build --release --manifest-path "$root/Cargo.toml"
 }
 
 build_manual() {

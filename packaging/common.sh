@@ -44,6 +44,34 @@ target_dir() {
     esac
 }
 
+# Runs cargo so that no path of this machine gets into what it builds: the same sources
+# give the same bytes in every directory. For all that builds for release, because cargo
+# builds everything again where the flags are others.
+#
+# The user's own flags stay. Flags for a "target" in a configuration file hide ours.
+cargo_release() {
+    local flags=() config
+    local ours=(
+        "--remap-path-prefix=$root=/usr/src/nbdkit-cow-filter"
+        "--remap-path-prefix=${CARGO_HOME:-${HOME:-}/.cargo}=/usr/src/cargo"
+    )
+    if [ "${CARGO_ENCODED_RUSTFLAGS+set}" ]; then
+        mapfile -t -d $'\x1f' flags < <(printf '%s' "$CARGO_ENCODED_RUSTFLAGS")
+    elif [ "${RUSTFLAGS+set}" ]; then
+        read -ra flags <<<"${RUSTFLAGS//$'\n'/ }"
+    else
+        # The environment would hide the flags of the configuration files.
+        ours=("${ours[@]//\\/\\\\}")
+        printf -v config '"%s",' "${ours[@]//\"/\\\"}"
+        cargo --config "build.rustflags=[$config]" "$@"
+        return
+    fi
+    # Cargo looks at this one first, and here a flag can have a space in it.
+    flags+=("${ours[@]}")
+    local IFS=$'\x1f'
+    CARGO_ENCODED_RUSTFLAGS="${flags[*]}" cargo "$@"
+}
+
 # The library to serve or install; LIBRARY= overrides it.
 library() {
     if [ -n "${LIBRARY:-}" ]; then

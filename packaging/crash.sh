@@ -5,5 +5,5 @@
 need_cargo
 cd -- "$root"
 export CRASH_FOREVER=1 CRASH_SEED=${CRASH_SEED:-0}
-cargo test --release --test core -- \
+cargo_release test --release --test core -- \
     --exact kept::crashes::random_requests_survive_a_crash_at_every_step --nocapture

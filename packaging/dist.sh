@@ -37,7 +37,7 @@ pack() {
     shift
     # Written beside and moved: what is there is always whole.
     tar -c --format=gnu --sort=name --owner=root:0 --group=root:0 --mode=a=rX,u+w \
-        --mtime="@$time" -C "$work" -- "$@" | xz -T1 -9 >"$dist/$tarball.new"
+        --mtime="@$time" -C "$work" -- "$@" | xz -T1 >"$dist/$tarball.new"
     mv -- "$dist/$tarball.new" "$dist/$tarball"
     printf '%s\n' "$dist/$tarball"
 }
