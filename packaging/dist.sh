@@ -56,7 +56,17 @@ pack "$name.tar.xz" "$name"
 # one of its own.
 (
     cd -- "$work/$name"
+    cargo vendor --quiet --locked --sync tests/fuzz/Cargo.toml vendor
     mkdir -p .cargo
-    cargo vendor --quiet --locked --sync tests/fuzz/Cargo.toml vendor >.cargo/config.toml
+    cat >.cargo/config.toml <<'SETTINGS'
+[net]
+offline = true
+
+[source.crates-io]
+replace-with = "vendored-sources"
+
+[source.vendored-sources]
+directory = "vendor"
+SETTINGS
 )
 pack "$name-vendor.tar.xz" "$name/.cargo" "$name/vendor"
