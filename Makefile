@@ -5,6 +5,13 @@
 export CRASH_SEED DEBIAN_MIRROR DISK DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY QUICK \
 	SUITES THROW_AWAY_SYSTEM
 
+# Only from the command line: some systems have a variable of this name in the environment.
+ifeq ($(origin NAME),command line)
+export NAME
+else
+unexport NAME
+endif
+
 .PHONY: build run check check-clients check-packages check-versions crash fuzz bench
 .PHONY: deps doc man install uninstall dist lint clean help
 

@@ -15,10 +15,13 @@ build_manual() {
     version=$(version)
     mkdir -p -- "$(dirname -- "$page")"
     # Written beside and moved: a page that failed half-way is never installed.
-    pod2man --errors=die --utf8 --section=1 --name=nbdkit-cow-filter \
-        --center='nbdkit copy-on-write filter' \
-        --release="nbdkit-cow-filter${version:+ $version}" \
-        "$manual_source" "$page.new"
+    # The name of the project, and what is said of nbdkit's own filter, stay as they are
+    # in a page of another name.
+    sed -e "s/--filter=cow\b/--filter=$filter_name/g" \
+        -e "s/nbdkit-cow-filter\( - \|\.so\)/nbdkit-$filter_name-filter\1/" "$manual_source" |
+        pod2man --errors=die --utf8 --section=1 --name="nbdkit-$filter_name-filter" \
+            --center='nbdkit copy-on-write filter' \
+            --release="nbdkit-cow-filter${version:+ $version}" - "$page.new"
     mv -- "$page.new" "$page"
 }
 

@@ -51,7 +51,7 @@ target_dir() {
 # The user's own flags stay. Flags for a "target" in a configuration file hide ours.
 cargo_release() {
     local flags=() config
-    local ours=(
+    local remap=(
         "--remap-path-prefix=$root=/usr/src/nbdkit-cow-filter"
         "--remap-path-prefix=${CARGO_HOME:-${HOME:-}/.cargo}=/usr/src/cargo"
     )
@@ -61,13 +61,13 @@ cargo_release() {
         read -ra flags <<<"${RUSTFLAGS//$'\n'/ }"
     else
         # The environment would hide the flags of the configuration files.
-        ours=("${ours[@]//\\/\\\\}")
-        printf -v config '"%s",' "${ours[@]//\"/\\\"}"
+        remap=("${remap[@]//\\/\\\\}")
+        printf -v config '"%s",' "${remap[@]//\"/\\\"}"
         cargo --config "build.rustflags=[$config]" "$@"
         return
     fi
     # Cargo looks at this one first, and here a flag can have a space in it.
-    flags+=("${ours[@]}")
+    flags+=("${remap[@]}")
     local IFS=$'\x1f'
     CARGO_ENCODED_RUSTFLAGS="${flags[*]}" cargo "$@"
 }
@@ -81,4 +81,10 @@ library() {
     fi
 }
 
-manual() { printf '%s\n' "$(target_dir)/man/nbdkit-cow-filter.1"; }
+# The name by which nbdkit finds the filter; NAME= overrides it. It becomes a part of
+# file names, and of an option that is to be typed.
+filter_name=${NAME:-cow}
+[[ $filter_name =~ ^[A-Za-z0-9][A-Za-z0-9-]*$ ]] ||
+    die "NAME=$filter_name: the name of a filter has letters, digits and hyphens only, and no hyphen in front."
+
+manual() { printf '%s\n' "$(target_dir)/man/nbdkit-$filter_name-filter.1"; }

@@ -23,6 +23,9 @@ make doc            the manual page only (make man does the same)
 make install        the filter and the manual page, as built before;
                     DESTDIR= FILTERDIR= MANDIR= say where,
                     LIBRARY= names a library that was built elsewhere;
+                    NAME=cowrs: beside nbdkit's own, for --filter=cowrs;
+                    make doc NAME=cowrs makes its page before, and
+                    make uninstall NAME=cowrs takes it away;
                     where it went is noted in STATEDIR=, which is /var/lib if
                     not set; for a user who is not root, XDG_STATE_HOME or
                     ~/.local/state

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# install.sh install|uninstall, with DESTDIR, FILTERDIR, MANDIR and STATEDIR.
+# install.sh install|uninstall, with DESTDIR, FILTERDIR, MANDIR, STATEDIR and NAME.
 #
-# nbdkit's own filter has the same file name. It is never overwritten: it is kept
+# Normally nbdkit's own filter has the same file name. It is never overwritten: it is kept
 # under a name that ends in ".distrib", and uninstall puts it back. Where
 # dpkg owns it this is a diversion, so that an upgrade of nbdkit writes its filter
-# to the other name too. With DESTDIR, where a package is made, nothing is moved.
+# to the other name too. With DESTDIR, where a package is made, nothing is moved. By another
+# NAME, such as cowrs, ours is beside that one; a filter that has the name is not touched.
 #
 # What was installed is noted in a record, because nbdkit, which says where filters
 # go, may be gone by the time of the uninstall, or say something else.
@@ -25,12 +26,12 @@ mandir=${MANDIR:-}
 [ -n "$mandir" ] || mandir=$(dump_config mandir) || :
 [ -n "$mandir" ] || mandir=/usr/share/man
 
-library_in() { realpath -ms -- "$destdir$1/nbdkit-cow-filter.so"; }
-page_in() { realpath -ms -- "$destdir$1/man1/nbdkit-cow-filter.1"; }
+library_in() { realpath -ms -- "$destdir$1/nbdkit-$filter_name-filter.so"; }
+page_in() { realpath -ms -- "$destdir$1/man1/nbdkit-$filter_name-filter.1"; }
 
 # The record: an install on each line, the paths of its library and its page with a tab
-# between. Several installs may share one of these files. A user who is not root has
-# a record of their own.
+# between, for all names. Several installs may share one of these files. A user who is not
+# root has a record of their own.
 record=
 if [ -z "$destdir" ]; then
     state=${STATEDIR:-}
@@ -43,7 +44,7 @@ if [ -z "$destdir" ]; then
 fi
 recorded=()
 if [ -n "$record" ] && [ -e "$record" ]; then
-    mapfile -t recorded < <(grep -xE $'/[^\t]*/nbdkit-cow-filter\\.so\t/[^\t]*/man1/nbdkit-cow-filter\\.1' -- "$record")
+    mapfile -t recorded < <(grep -xE $'/[^\t]*/nbdkit-([A-Za-z0-9-]+)-filter\\.so\t/[^\t]*/man1/nbdkit-\\1-filter\\.1' -- "$record")
 fi
 
 # Whether the first argument is one of the others.
@@ -129,7 +130,7 @@ take_over() {
     local file=$1 kept before
     [[ $file != *.so ]] || return 0
     kept=$(distrib "$file")
-    before=${file%/*}/nbdkit-cow-filter.distrib.1${file##*.1}
+    before=${file%.1*}.distrib.1${file##*.1}
     [ ! -e "$before" ] || mv -f -- "$before" "$kept"
     if can_divert && [ "$(diverted_to "$file")" = "$before" ]; then
         dpkg-divert --quiet --local --no-rename --remove "$file"
@@ -173,12 +174,22 @@ renew_index() {
 library_mode() {
     local other
     for other in "$filterdir"/nbdkit-*-filter.so; do
-        if [ -e "$other" ] && [ "${other##*/}" != nbdkit-cow-filter.so ]; then
+        if [ -e "$other" ] && [ "${other##*/}" != "nbdkit-$filter_name-filter.so" ]; then
             stat -c %a -- "$other"
             return
         fi
     done
     echo 755
+}
+
+# Only the filter that ours stands in for is set aside.
+must_be_free() {
+    local name names
+    names_of "$1"
+    for name in "${names[@]}"; do
+        [ ! -e "$name" ] || ours "$name" ||
+            die "$name is there, and not from here: choose another NAME."
+    done
 }
 
 # Moved into place whole: an nbdkit that starts at this moment sees the old file
@@ -202,6 +213,10 @@ install)
     installed_page=$(page_in "$mandir")
     must_write "$installed_library" "$installed_page" ${record:+"$record"}
     if [ -z "$destdir" ]; then
+        if [ "$filter_name" != cow ]; then
+            must_be_free "$installed_library"
+            must_be_free "$installed_page"
+        fi
         # First of all, so that an install that is cut short can be taken away as well.
         remember "$installed_library" "$installed_page"
         for file in "$installed_library" "$installed_page"; do
@@ -221,11 +236,12 @@ install)
     fi
     ;;
 uninstall)
-    # The installs that are recorded. Who names a directory means those in it.
+    # The installs of this name that are recorded. Who names a directory means those in it.
     libraries=() pages=() remaining=() in_use=()
     for entry in "${recorded[@]}"; do
         library=${entry%$'\t'*} page=${entry#*$'\t'}
-        if { [ -z "${FILTERDIR:-}" ] || [ "$library" = "$(library_in "$filterdir")" ]; } &&
+        if [[ $library == */"nbdkit-$filter_name-filter.so" ]] &&
+            { [ -z "${FILTERDIR:-}" ] || [ "$library" = "$(library_in "$filterdir")" ]; } &&
             { [ -z "${MANDIR:-}" ] || [ "$page" = "$(page_in "$mandir")" ]; }; then
             libraries+=("$library")
             pages+=("$page")

@@ -17,6 +17,8 @@ LIBRARY=$(sed -n 's/.*"\([^"]*\/libnbdkit_cow_filter\.so\)".*/\1/p' <<<"$built")
 export CARGO_TARGET_DIR=$work/target
 "$root/packaging/build.sh" manual
 our_page=$(manual)
+NAME=cowrs "$root/packaging/build.sh" manual
+our_other_page=$(filter_name=cowrs && manual)
 
 # The commands of this machine, but for those that know its nbdkit, and without dpkg's,
 # which are there for a part of the tests only.
@@ -38,10 +40,12 @@ pages=$fs/share/man
 library=$filters/nbdkit-cow-filter.so
 page=$pages/man1/nbdkit-cow-filter.1
 packed=$page.gz
+other_library=$filters/nbdkit-cowrs-filter.so
+other_page=$pages/man1/nbdkit-cowrs-filter.1
 record=$fs/state/nbdkit-cow-filter/installed
 export LIBRARY DPKG_ADMINDIR=$fs/dpkg STATEDIR=$fs/state
 export LC_ALL=C MANPATH=$pages
-unset DESTDIR FILTERDIR MANDIR
+unset DESTDIR FILTERDIR MANDIR NAME
 
 fail() { die "FAILED, $case_name: $*"; }
 holds() { [ "$(cat -- "$1" 2>&1)" = "$2" ] || fail "$1 is not '$2'"; }
@@ -54,6 +58,15 @@ make_it() {
     shift
     env "$@" "$root/packaging/install.sh" "$what" >"$work/output" 2>&1 ||
         fail "$what: $(cat -- "$work/output")"
+}
+
+# Runs an install that must be refused, for a reason in which the words are.
+refused() {
+    local words=$1
+    shift
+    ! env "$@" "$root/packaging/install.sh" install >"$work/output" 2>&1 ||
+        fail "$* was not refused"
+    grep -qF -e "$words" "$work/output" || fail "$*: $(cat -- "$work/output")"
 }
 
 # All that is there, but for what man and dpkg make while they work.
@@ -263,6 +276,38 @@ tests() {
     rm -r -- "$work/destination"
     installed 1
     make_it uninstall
+    unchanged
+
+    new_case 'by another name'
+    make_it install NAME=cowrs
+    same "$LIBRARY" "$other_library"
+    same "$our_other_page" "$other_page"
+    holds "$library" 'filter 1'
+    shown 'the other page, 1'
+    [[ $(apropos nbdkit-cowrs-filter 2>&1) == "nbdkit-cowrs-filter (1) "*"- $ours" ]] ||
+        fail 'man -k does not show the page'
+    make_it install
+    installed 1
+    make_it uninstall NAME=cowrs
+    gone "$other_library"
+    gone "$other_page"
+    installed 1
+    make_it install NAME=cowrs
+    make_it uninstall
+    same "$LIBRARY" "$other_library"
+    same "$our_other_page" "$other_page"
+    holds "$library" 'filter 1'
+    make_it uninstall NAME=cowrs
+    unchanged
+
+    new_case 'a name that is taken, and one that is none'
+    echo 'another' >"$other_library"
+    refused "$other_library is there" NAME=cowrs
+    rm -- "$other_library"
+    echo 'another' >"$other_page.gz"
+    refused "$other_page.gz is there" NAME=cowrs
+    rm -- "$other_page.gz"
+    for name in ../cow -cow 'c ow' .; do refused "NAME=$name" NAME="$name"; done
     unchanged
 
     new_case 'over an earlier version'
