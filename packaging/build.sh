@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Builds the filter and its manual page: build.sh [library|manual].
-# build.sh clean removes what it built.
+# build.sh library OPTION... gives cargo these options; build.sh clean removes what it built.
 . "$(dirname -- "$0")/common.sh"
 
 build_library() {
     need_cargo
-    cargo_release build --release --manifest-path "$root/Cargo.toml"
+    cargo_release build --release --manifest-path "$root/Cargo.toml" "$@"
 }
 
 build_manual() {
@@ -26,7 +26,7 @@ build_manual() {
 }
 
 case ${1:-all} in
-library) build_library ;;
+library) build_library "${@:2}" ;;
 manual) build_manual ;;
 all)
     build_library

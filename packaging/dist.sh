@@ -6,7 +6,8 @@
 #                                            the settings that make cargo use them
 #
 # Both have the same directory at the top. Unpacked over each other they are built
-# without a network: cargo build --release --offline --frozen.
+# without a network: cargo build --release --offline --frozen, or, for the same bytes in
+# every directory, packaging/build.sh library --offline --frozen.
 #
 # The same files give the same bytes, whoever makes the tarballs and wherever: the order,
 # the owners, the modes and the times are set here. The time is that of the last commit,

@@ -58,8 +58,8 @@ build() {
     tar -x --no-same-permissions -f "dist/$name-vendor.tar.xz"
     cd -- "$name"
     # With a home of cargo's that is empty. rustup's, which has the toolchain, stays.
-    RUSTUP_HOME=${RUSTUP_HOME:-$HOME/.rustup} CARGO_HOME=$PWD/home CARGO_TARGET_DIR=target \
-        "${offline[@]}" cargo build --release --offline --frozen
+    RUSTUP_HOME=${RUSTUP_HOME:-$HOME/.rustup} CARGO_HOME=$PWD/home CARGO_TARGET_DIR=$PWD/target \
+        "${offline[@]}" packaging/build.sh library --offline --frozen
 }
 
 # The lines of readelf that are not as they have to be.
