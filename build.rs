@@ -9,12 +9,17 @@ use std::env;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::PathBuf;
 
+#[path = "include/known_header.rs"]
+mod known_header;
+
 const HEADER: &str = "include/nbdkit_cow.h";
 
 fn main() {
     println!("cargo::rerun-if-changed={HEADER}");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=include/known_header.rs");
     println!("cargo::rerun-if-env-changed=NBDKIT_CFLAGS");
+    println!("cargo::rustc-check-cfg=cfg(nbdkit_dump_plugin)");
     if let Err(message) = generate() {
         println!("cargo::error={message}");
     }
@@ -50,6 +55,11 @@ fn generate() -> Result<(), String> {
             format!("<nbdkit-filter.h> could not be read; install nbdkit's development files (Debian: nbdkit-plugin-dev): {}",
                 e.to_string().lines().next().unwrap_or("no reason given"))
         })?;
+    let header = known_header::check(&bindings.to_string())?;
+    println!("cargo::rustc-env=NBDKIT_VERSION={}", header.version);
+    if header.has_dump_plugin {
+        println!("cargo::rustc-cfg=nbdkit_dump_plugin");
+    }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("nbdkit.rs");
     bindings
         .write_to_file(&out)

@@ -12,12 +12,14 @@ cd -- "$root"
 case ${1:-all} in
 all)
     cargo test --no-fail-fast
+    tests/packaging/headers.sh
     tests/packaging/install.sh
     packaging/model-check.sh
     packaging/fuzz.sh 45
     ;;
 clients)
     cargo test --no-fail-fast --test nbdkit
+    tests/packaging/headers.sh
     tests/packaging/install.sh
     ;;
 packages)
