@@ -33,7 +33,7 @@ const LONG_TRIAL: u64 = 256 << 20;
 
 /// The sizes between which the default block size lies. Below 4K the map grows
 /// and nothing gets faster; above 64K each small write costs too much.
-const DEFAULT_BLOCK_SIZE: std::ops::RangeInclusive<u64> = 4096..=65536;
+pub const DEFAULT_BLOCK_SIZE: std::ops::RangeInclusive<u64> = 4096..=65536;
 
 /// See the module's documentation.
 #[derive(Debug)]

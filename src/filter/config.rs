@@ -3,6 +3,7 @@
 //! Sizes and booleans are spelled as everywhere else in nbdkit; a user must not
 //! have to learn that one filter wants `64KiB` where the others want `64K`.
 
+use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +19,17 @@ pub enum ScopeKind {
     Export,
     /// A fresh one for each connection.
     Connection,
+}
+
+impl ScopeKind {
+    pub const ALL: [ScopeKind; 2] = [ScopeKind::Export, ScopeKind::Connection];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            ScopeKind::Export => "export",
+            ScopeKind::Connection => "connection",
+        }
+    }
 }
 
 /// When reads copy what they read from the base into the overlay.
@@ -68,6 +80,89 @@ pub struct Config {
     pub serialize: bool,
 }
 
+/// A parameter that the filter takes.
+pub struct Parameter {
+    pub key: &'static str,
+    /// The value that changes nothing, if there is one.
+    pub default: Option<&'static str>,
+    set: fn(&mut Config, Given<'_>) -> Result<()>,
+}
+
+/// All of them. What is not here is left to the layers below.
+pub const PARAMETERS: [Parameter; 7] = [
+    Parameter {
+        key: "cow-block-size",
+        default: None,
+        set: |config, given| {
+            let size = parse_size(&given.text()).and_then(BlockSize::new);
+            let size = size.ok_or_else(|| given.refused("a power of two from 512 to 2G"))?;
+            config.block_size = Some(size);
+            Ok(())
+        },
+    },
+    Parameter {
+        key: "cow-on-cache",
+        default: Some("false"),
+        set: |config, given| {
+            config.on_cache = given.bool()?;
+            Ok(())
+        },
+    },
+    Parameter {
+        key: "cow-on-read",
+        default: Some("false"),
+        set: |config, given| {
+            config.on_read = match boolean(&given.text()) {
+                Some(true) => OnRead::Always,
+                Some(false) => OnRead::Never,
+                None if given.path().is_absolute() => OnRead::WhileExists(given.path().into()),
+                None => return Err(given.refused("true, false or an absolute path")),
+            };
+            Ok(())
+        },
+    },
+    Parameter {
+        key: "cow-scope",
+        default: Some("export"),
+        set: |config, given| {
+            config.scope = ScopeKind::ALL
+                .into_iter()
+                .find(|scope| given.value == scope.name())
+                .ok_or_else(|| given.refused("export or connection"))?;
+            Ok(())
+        },
+    },
+    Parameter {
+        key: "cow-overlay",
+        default: None,
+        set: |config, given| {
+            // A name that ends so is that of a directory, which would be seen only when
+            // the image is made.
+            if given.text().ends_with('/') {
+                return Err(given.refused("the name of a file"));
+            }
+            config.overlay = Some(absolute(given.file()?));
+            Ok(())
+        },
+    },
+    Parameter {
+        key: "cow-backing",
+        default: None,
+        set: |config, given| {
+            config.backing = Some(Backing::parse(given.file()?.as_os_str()));
+            Ok(())
+        },
+    },
+    Parameter {
+        key: "cow-serialize",
+        default: Some("false"),
+        set: |config, given| {
+            config.serialize = given.bool()?;
+            Ok(())
+        },
+    },
+];
+
 /// The text for `nbdkit --help`.
 pub const HELP: &std::ffi::CStr = c"\
 cow-block-size=SIZE      Unit of the block map, a power of two from 512 to 2G
@@ -99,72 +194,57 @@ impl Config {
 
     /// Takes a parameter. `Ok(false)`: the key is none of ours.
     pub fn set(&mut self, key: &str, value: &OsStr) -> Result<bool> {
-        // A path may be any bytes; nothing that is not UTF-8 is right elsewhere,
-        // and the replacement characters keep it wrong.
-        let path = Path::new(value);
-        let value = &*value.to_string_lossy();
-        match key {
-            "cow-block-size" => {
-                self.block_size = Some(
-                    parse_size(value)
-                        .and_then(BlockSize::new)
-                        .ok_or_else(|| refused(key, value, "a power of two from 512 to 2G"))?,
-                );
-            }
-            "cow-on-cache" => self.on_cache = parse_bool(key, value)?,
-            "cow-on-read" => {
-                self.on_read = if path.is_absolute() {
-                    OnRead::WhileExists(path.into())
-                } else {
-                    match boolean(value) {
-                        Some(true) => OnRead::Always,
-                        Some(false) => OnRead::Never,
-                        None => {
-                            return Err(refused(key, value, "true, false or an absolute path"));
-                        }
-                    }
-                };
-            }
-            "cow-scope" => {
-                self.scope = match value {
-                    "export" => ScopeKind::Export,
-                    "connection" => ScopeKind::Connection,
-                    _ => return Err(refused(key, value, "export or connection")),
-                };
-            }
-            "cow-serialize" => self.serialize = parse_bool(key, value)?,
-            "cow-overlay" | "cow-backing" if value.is_empty() => {
-                return Err(refused(key, value, "the name of a file"));
-            }
-            // That of a directory, which would be seen only when the image is made.
-            "cow-overlay" if value.ends_with('/') => {
-                return Err(refused(key, value, "the name of a file"));
-            }
-            "cow-overlay" => self.overlay = Some(absolute(path)),
-            "cow-backing" => self.backing = Some(Backing::parse(path.as_os_str())),
-            "file" => {
-                let file = absolute(path);
-                self.files_below = match &self.files_below {
-                    FilesBelow::None => FilesBelow::One(file),
-                    FilesBelow::One(_) | FilesBelow::Several => FilesBelow::Several,
-                };
-                return Ok(false);
-            }
-            _ => return Ok(false),
+        if let Some(parameter) = PARAMETERS.iter().find(|parameter| parameter.key == key) {
+            (parameter.set)(self, Given { key, value })?;
+            return Ok(true);
         }
-        Ok(true)
+        if key == "file" {
+            let file = absolute(value.as_ref());
+            self.files_below = match &self.files_below {
+                FilesBelow::None => FilesBelow::One(file),
+                FilesBelow::One(_) | FilesBelow::Several => FilesBelow::Several,
+            };
+        }
+        Ok(false)
     }
 }
 
-fn refused(key: &str, value: &str, allowed: &str) -> Error {
-    Error::new(
-        libc::EINVAL,
-        format!("{key}={value}: the value must be {allowed}"),
-    )
+/// What the command line has for a parameter.
+#[derive(Clone, Copy)]
+struct Given<'a> {
+    key: &'a str,
+    value: &'a OsStr,
 }
 
-fn parse_bool(key: &str, value: &str) -> Result<bool> {
-    boolean(value).ok_or_else(|| refused(key, value, "true or false"))
+impl<'a> Given<'a> {
+    /// For all but paths, which may be any bytes. Nothing that is not UTF-8 is right
+    /// elsewhere, and the replacement characters keep it wrong.
+    fn text(self) -> Cow<'a, str> {
+        self.value.to_string_lossy()
+    }
+
+    fn path(self) -> &'a Path {
+        Path::new(self.value)
+    }
+
+    fn bool(self) -> Result<bool> {
+        boolean(&self.text()).ok_or_else(|| self.refused("true or false"))
+    }
+
+    fn file(self) -> Result<&'a Path> {
+        if self.value.is_empty() {
+            return Err(self.refused("the name of a file"));
+        }
+        Ok(self.path())
+    }
+
+    fn refused(self, allowed: &str) -> Error {
+        let (key, value) = (self.key, self.text());
+        Error::new(
+            libc::EINVAL,
+            format!("{key}={value}: the value must be {allowed}"),
+        )
+    }
 }
 
 /// The words of `nbdkit_parse_bool`, nbdkit-plugin(3).
@@ -359,18 +439,11 @@ mod tests {
     }
 
     #[test]
-    fn the_help_names_every_parameter() {
-        let help = HELP.to_str().expect("ASCII");
-        for key in [
-            "cow-block-size",
-            "cow-on-cache",
-            "cow-on-read",
-            "cow-scope",
-            "cow-serialize",
-            "cow-overlay",
-            "cow-backing",
-        ] {
-            assert!(help.contains(&format!("{key}=")), "{key}");
+    fn a_default_changes_nothing() {
+        for Parameter { key, default, .. } in PARAMETERS {
+            if let Some(default) = default {
+                assert_eq!(config(&[(key, default)]), Config::default(), "{key}");
+            }
         }
     }
 }

@@ -8,6 +8,7 @@
 pub mod config;
 mod connection;
 mod exports;
+pub mod probe;
 
 use std::ffi::CStr;
 use std::sync::Arc;

@@ -15,6 +15,8 @@ use super::next::{Capabilities, Next};
 use super::{extents, log, sys};
 use crate::error::{Error, Result};
 use crate::filter::config::{self, Config};
+#[cfg(nbdkit_dump_plugin)]
+use crate::filter::probe;
 use crate::filter::{Connection, Filter};
 use crate::overlay::Zeroing;
 
@@ -182,6 +184,19 @@ callback! { plain after_fork(_backend: *mut sys::nbdkit_backend) -> c_int, or -1
 callback! { plain unload() -> (), or (), {
     // Without a filter, nbdkit ends before it has served anything.
     FILTER.get().map_or(Ok(()), Filter::finish)
+} }
+
+// For `nbdkit --dump-plugin`. nbdkits that do not ask a filter have no such member.
+#[cfg(nbdkit_dump_plugin)]
+callback! { plain dump_plugin() -> (), or (), {
+    for line in probe::lines() {
+        let line = CString::new(line).map_err(|e| Error::new(libc::EINVAL, e.to_string()))?;
+        // By C's library: nbdkit's lines may still be in the buffer there, and go before.
+        // If nobody reads them, its own get as little notice.
+        // SAFETY: a string that ends with NUL.
+        unsafe { libc::puts(line.as_ptr()) };
+    }
+    Ok(())
 } }
 
 /// The parameter that *thread_model* has in newer headers, and has not in
@@ -358,6 +373,24 @@ callback! { request cache(
     connection.cache(base, offset, count.into())
 } }
 
+/// Also what packaging/doctor.sh looks for in the file, because an nbdkit of another
+/// version says only that it can't load it.
+const LONG_NAME: &CStr = {
+    let name = concat!(
+        "copy-on-write filter, ",
+        env!("CARGO_PKG_NAME"),
+        " ",
+        env!("CARGO_PKG_VERSION"),
+        " for nbdkit ",
+        env!("NBDKIT_VERSION"),
+        "\0"
+    );
+    match CStr::from_bytes_with_nul(name.as_bytes()) {
+        Ok(name) => name,
+        Err(_) => panic!("a NUL in a version"),
+    }
+};
+
 /// What nbdkit calls first, to get the table of callbacks. It is leaked on
 /// purpose: nbdkit reads it until the process ends.
 #[unsafe(no_mangle)]
@@ -370,9 +403,11 @@ pub extern "C" fn filter_init() -> *mut sys::nbdkit_filter {
         _api_version: sys::NBDKIT_FILTER_API_VERSION,
         _version: sys::NBDKIT_VERSION_STRING.as_ptr(),
         name: c"cow".as_ptr(),
-        longname: c"copy-on-write filter (nbdkit-cow-filter)".as_ptr(),
+        longname: LONG_NAME.as_ptr(),
         description: c"Writes go to an overlay; the plugin is only read.".as_ptr(),
         config_help: config::HELP.as_ptr(),
+        #[cfg(nbdkit_dump_plugin)]
+        dump_plugin: Some(dump_plugin),
         load: Some(load),
         unload: Some(unload),
         config: Some(set_config),

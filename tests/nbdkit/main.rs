@@ -19,6 +19,7 @@
 mod advice;
 mod clients;
 mod diff;
+mod documents;
 mod errnos;
 mod exports;
 mod extents;

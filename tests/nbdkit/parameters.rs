@@ -94,17 +94,6 @@ fn a_parameter_that_is_not_ours_reaches_the_plugin() {
 }
 
 #[test]
-fn help_shows_every_parameter() {
-    let help = Setup::new().option("--help").output(&["null"]);
-    assert!(help.status.success(), "{}", help.stderr);
-    for key in ["block-size", "on-cache", "on-read", "scope", "serialize"] {
-        let key = format!("cow-{key}=");
-        let described = help.stdout.lines().any(|line| line.starts_with(&key));
-        assert!(described, "{key} in {}", help.stdout);
-    }
-}
-
-#[test]
 fn the_library_exports_two_symbols() {
     let said = run(&["nm", "-D", "--defined-only", library()]);
     let mut symbols: Vec<_> = said
