@@ -13,7 +13,7 @@ unexport NAME
 endif
 
 .PHONY: build run check check-clients check-packages check-versions crash fuzz bench
-.PHONY: deps doc man install uninstall dist lint clean help
+.PHONY: deps doc man install uninstall doctor dist lint clean help
 
 build:
 	@packaging/build.sh
@@ -62,6 +62,9 @@ install:
 
 uninstall:
 	@packaging/install.sh uninstall
+
+doctor:
+	@packaging/doctor.sh
 
 dist:
 	@packaging/dist.sh

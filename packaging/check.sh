@@ -14,6 +14,7 @@ all)
     cargo test --no-fail-fast
     tests/packaging/headers.sh
     tests/packaging/install.sh
+    tests/packaging/doctor.sh
     packaging/model-check.sh
     packaging/fuzz.sh 45
     ;;
@@ -21,6 +22,7 @@ clients)
     cargo test --no-fail-fast --test nbdkit
     tests/packaging/headers.sh
     tests/packaging/install.sh
+    tests/packaging/doctor.sh
     ;;
 packages)
     for kind in dist deb rpm; do

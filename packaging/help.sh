@@ -32,6 +32,8 @@ make install        the filter and the manual page, as built before;
 make uninstall      takes both away from where they went, or where FILTERDIR= and
                     MANDIR= say, and puts back what was there before;
                     needs the STATEDIR= of the install
+make doctor         which nbdkit and which filter are installed, whether the one was
+                    built for the other, and what to do; changes nothing
 make dist           the source tarball, and one of the crates for builds without a
                     network, into target/dist
 make lint           formatting, clippy, rustdoc, manual page, shell scripts
