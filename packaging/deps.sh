@@ -8,7 +8,8 @@
 # "sudo make deps", where the toolchain is another user's).
 #
 # For the tests it also has cargo fetch what is built only in their course, so that
-# a network that is out of reach ends them before they begin.
+# a network that is out of reach ends them before they begin. nginx is fetched, not
+# installed.
 #
 # When nothing is missing it asks dpkg and cargo and ends: no network, no root.
 . "$(dirname -- "$0")/common.sh"
@@ -58,10 +59,12 @@ strace             check  strace
 procps             check  pgrep
 man-db             check  mandb
 xz-utils           check  xz
+nginx              check  nginx
 shellcheck         check  shellcheck
 qemu-utils         bench  qemu-nbd
 libnbd-bin         bench  nbdcopy
 valgrind           bench  valgrind
+nginx              bench  nginx
 git                roots  git
 xz-utils           roots  xz
 tar                roots  tar
@@ -145,7 +148,8 @@ apt_get() {
 
 install_packages() {
     local packages installed package missing=()
-    mapfile -t packages < <(wanted | awk '{ print $1 }' | sort -u)
+    # Installed, nginx would be a web server for all the network: see nginx.sh.
+    mapfile -t packages < <(wanted | awk '$1 != "nginx" { print $1 }' | sort -u)
     installed=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${packages[@]}" 2>/dev/null |
         sed -n 's/^installed //p') || true
     for package in "${packages[@]}"; do
@@ -192,12 +196,16 @@ else
     list_only
 fi
 
-# A tree with vendor/ has them.
-if [ "$part" != check ] || [ -d "$root/vendor" ]; then
-    exit 0
-fi
-# Under sudo the cache of crates is another user's, as the toolchain is.
+# Under sudo the target directory and the cache of crates are another user's, as the
+# toolchain is.
 if [ "$asked_for" ] && { ! have cargo || [ "${SUDO_USER:-}" ]; }; then
     exit 0
 fi
-fetch_crates
+case $part in
+check)
+    "$root/packaging/nginx.sh"
+    # A tree with vendor/ has them.
+    [ -d "$root/vendor" ] || fetch_crates
+    ;;
+bench) "$root/packaging/nginx.sh" ;;
+esac

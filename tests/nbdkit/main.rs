@@ -27,6 +27,7 @@ mod file_systems;
 mod fills;
 mod full;
 mod harness;
+mod hosts;
 mod kept;
 mod kept_disk;
 mod layers;

@@ -24,11 +24,11 @@ FAST = nbd.CMD_FLAG_FAST_ZERO
 ONE = nbd.CMD_FLAG_REQ_ONE
 
 
-def connect(export=""):
+def connect(export="", socket=SOCKET):
     connection = nbd.NBD()
     connection.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     connection.set_export_name(export)
-    connection.connect_unix(SOCKET)
+    connection.connect_unix(socket)
     return connection
 
 

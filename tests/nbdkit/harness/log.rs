@@ -18,6 +18,20 @@ pub fn requests(log: &Path, kind: &str) -> Vec<Request> {
         .collect()
 }
 
+/// How many reads have been handed to the plugin and are not answered.
+pub fn in_flight(log: &Path) -> usize {
+    let text = std::fs::read_to_string(log).expect("the log filter's file");
+    let begun = text.matches(" Read id=").count();
+    begun - text.matches(" ...Read id=").count()
+}
+
+/// How many reads the plugin has failed.
+pub fn failed(log: &Path) -> usize {
+    let text = std::fs::read_to_string(log).expect("the log filter's file");
+    let failed = |line: &&str| line.contains(" ...Read id=") && line.contains(" return=-1");
+    text.lines().filter(failed).count()
+}
+
 /// `DATE TIME connection=1 Read id=1 offset=0x0 count=0x200 ...`; the line that
 /// tells the result has no offset, and is passed over.
 fn parse(line: &str) -> Option<Request> {

@@ -9,12 +9,14 @@ pub mod mount;
 pub mod python;
 pub mod server;
 pub mod setup;
+pub mod storage;
 
 pub use base::Base;
 pub use command::{run, run_in};
 pub use daemon::Daemon;
 pub use server::Server;
 pub use setup::Setup;
+pub use storage::Storage;
 
 /// A directory that goes away with the value.
 ///
