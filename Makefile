@@ -2,7 +2,7 @@
 #
 # Settings go to the scripts through the environment, so that a path may
 # contain any character.
-export CRASH_SEED DEBIAN_MIRROR DISK DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY QUICK \
+export CRASH_SEED DEBIAN_MIRROR DISK DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY ONLY QUICK \
 	SUITES THROW_AWAY_SYSTEM
 
 # Only from the command line: some systems have a variable of this name in the environment.

@@ -17,7 +17,8 @@ make crash          looks at what crashes leave of a kept overlay, at random, un
 make fuzz           installs what is missing, and feeds damaged images to the filter
                     until Ctrl-C or until it finds something
 make bench          installs what is missing, measures, and writes docs/performance
-                    (ten minutes); QUICK=1: a minute, into target/bench
+                    (ten minutes); QUICK=1: a minute, into target/bench;
+                    ONLY=hosts: this part alone, into target/bench as well
 make deps           installs what is missing (Debian, Ubuntu), or lists it
 make doc            the manual page only (make man does the same)
 make install        the filter and the manual page, as built before;

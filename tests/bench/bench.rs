@@ -10,8 +10,8 @@
 //! Dependencies point one way, down this list:
 //!
 //! - [`report`], [`plot`]: what the rows look like
-//! - [`workloads`], [`kept`], [`disks`], [`reclaim`], [`maps`], [`instructions`]: the rows, each a function to
-//!   measure with
+//! - [`workloads`], [`kept`], [`disks`], [`reclaim`], [`maps`], [`hosts`], [`instructions`]: the rows, each a
+//!   function to measure with
 //! - [`processor`]: what the requests of a load cost
 //! - [`lab`]: directories, disks, and cells of a load
 //! - [`targets`]: what the rows should be
@@ -23,15 +23,17 @@
 //! - [`command`]: children with a time limit
 //! - [`machine`]: what it ran on
 //!
-//! `QUICK=1` takes few and short rounds, to see that it works, and writes to
-//! `target/bench` instead of `docs/performance`. So does a run in which this filter
-//! failed anywhere, and that ends with an error. The others may fail: a note says so.
+//! `QUICK=1` takes few and short rounds, to see that it works, and `ONLY=maps` measures
+//! one of the [`PARTS`]. Both write to `target/bench` instead of `docs/performance`. So
+//! does a run in which this filter failed anywhere, and that ends with an error. The
+//! others may fail: a note says so.
 
 mod command;
 mod disks;
 mod driver;
 mod filters;
 mod fio;
+mod hosts;
 mod instructions;
 mod kept;
 mod lab;
@@ -65,7 +67,8 @@ fn main() -> ExitCode {
     }
     let quick = std::env::var_os("QUICK").is_some_and(|value| !value.is_empty() && value != "0");
     let effort = if quick { Effort::QUICK } else { Effort::FULL };
-    match bench(&effort) {
+    let only = std::env::var("ONLY").unwrap_or_default();
+    match bench(&effort, &only) {
         Ok(failed) if failed.is_empty() => ExitCode::SUCCESS,
         Ok(failed) => {
             eprintln!("bench: this filter failed:");
@@ -81,14 +84,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn bench(effort: &Effort) -> Result<Vec<Failed>, Box<dyn std::error::Error>> {
+fn bench(effort: &Effort, only: &str) -> Result<Vec<Failed>, Box<dyn std::error::Error>> {
     let start = Instant::now();
     lab::need_room(effort)?;
-    let rows = measure(effort)?;
+    let rows = measure(effort, only)?;
     let took = start.elapsed();
     let failed = failures(&rows);
 
-    let directory = output(!effort.quick && failed.is_empty());
+    let directory = output(!effort.quick && only.is_empty() && failed.is_empty());
     std::fs::create_dir_all(&directory)?;
     plot::draw(&rows, &directory.join("performance.svg"))?;
     let page = report::page(&rows, effort, took);
@@ -109,19 +112,28 @@ fn bench(effort: &Effort) -> Result<Vec<Failed>, Box<dyn std::error::Error>> {
 type Part = fn(&Effort) -> Result<Vec<Row>, String>;
 
 /// One after the other: each gives back its files before the next makes its own.
-const PARTS: [(&str, Part); 7] = [
-    ("rates on tmpfs", workloads::on_memory),
-    ("rates on disk", workloads::on_disk),
-    ("the overlay that is kept", kept::all),
-    ("whole disks", disks::all),
-    ("space that is given back", reclaim::all),
+const PARTS: [(&str, Part); 8] = [
+    ("tmpfs", workloads::on_memory),
+    ("disk", workloads::on_disk),
+    ("kept", kept::all),
+    ("whole", disks::all),
+    ("reclaim", reclaim::all),
     ("maps", maps::all),
-    ("instructions and memory", instructions::all),
+    ("hosts", hosts::all),
+    ("instructions", instructions::all),
 ];
 
-fn measure(effort: &Effort) -> Result<Vec<Row>, String> {
+/// All the rows, or those of one part.
+fn measure(effort: &Effort, only: &str) -> Result<Vec<Row>, String> {
+    if !only.is_empty() && PARTS.iter().all(|(name, _)| *name != only) {
+        let names = PARTS.map(|(name, _)| name).join(", ");
+        return Err(format!("ONLY={only} is none of {names}"));
+    }
     let mut rows = Vec::new();
     for (name, part) in PARTS {
+        if !only.is_empty() && name != only {
+            continue;
+        }
         let start = Instant::now();
         rows.extend(part(effort)?);
         eprintln!("--- {name}: {:.1} s", start.elapsed().as_secs_f64());

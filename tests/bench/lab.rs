@@ -269,7 +269,7 @@ impl Load {
 
 /// Bytes that are neither zero nor alike from block to block; good enough not
 /// to be compressed or merged by anything below.
-fn random_file(path: &Path, size: u64) -> std::io::Result<()> {
+pub fn random_file(path: &Path, size: u64) -> std::io::Result<()> {
     let mut file = File::create(path)?;
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut chunk = Vec::with_capacity(1 << 20);

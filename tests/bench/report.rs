@@ -30,7 +30,7 @@ const SUMMARY_PROCESSOR: [(&str, &str); 13] = [
 ];
 
 /// How fast it is, and the rest.
-const SUMMARY: [(&str, &str); 16] = [
+const SUMMARY: [(&str, &str); 18] = [
     ("read-4k-16", "4K random read"),
     ("write-4k-16", "4K random write, fresh blocks"),
     ("mix-4k-16", "4K random, 70 % reads"),
@@ -48,6 +48,8 @@ const SUMMARY: [(&str, &str); 16] = [
     ("zero-16T", "zero of 16T (seconds)"),
     ("reclaim-trim", ""),
     ("reclaim-trim-longest", ""),
+    ("hosts-copied", ""),
+    ("hosts-plain", ""),
     (
         "start-1T",
         "start-up, 1T disk (ms; for no filter see the full table)",
@@ -119,6 +121,11 @@ looked for until the answer and the space are there, and before for half a secon
 and were synced to the disk; the space is back when what the overlay takes, by `st_blocks`, is less by theirs.
 ";
 
+const HOSTS: &str = "\
+Each host is an nbdkit with the curl plugin and an overlay of its own, all on this machine, over one nginx on a Unix socket.
+All read at once, in order, in requests of 256K with four in flight. What was sent is the sum in nginx's log. One round.
+";
+
 fn ranged(spread: Spread) -> String {
     if spread.least == spread.most {
         return short(spread.median);
@@ -152,8 +159,12 @@ fn small_table(rows: &[Row], what: &str, titles: &Titles, systems: &[System]) ->
         let _ = write!(table, " {} |", system.name());
     }
     let _ = write!(table, "\n{}|\n", "|---".repeat(systems.len() + 1));
+    let measured = |id: &str| rows.iter().find(|row| row.id == id);
+    if !titles.iter().any(|(id, _)| measured(id).is_some()) {
+        return String::new();
+    }
     for (id, title) in titles {
-        let Some(row) = rows.iter().find(|row| row.id == *id) else {
+        let Some(row) = measured(id) else {
             continue;
         };
         let title = Some(title.to_string()).filter(|given| !given.is_empty());
@@ -194,7 +205,8 @@ pub fn page(rows: &[Row], effort: &Effort, took: Duration) -> String {
     let processor = |row: &&Row| row.kind == Kind::Processor;
     let rates = |row: &&Row| matches!(row.kind, Kind::Rate | Kind::OfLimit(_));
     let reclaim = |row: &&Row| row.id.starts_with("reclaim-");
-    let amounts = |row: &&Row| matches!(row.kind, Kind::Amount(_)) && !reclaim(row);
+    let hosts = |row: &&Row| row.id.starts_with("hosts-");
+    let amounts = |row: &&Row| matches!(row.kind, Kind::Amount(_)) && !reclaim(row) && !hosts(row);
 
     page.push_str("\n## Processor time of a request (less is better)\n\n");
     page.push_str(PLACES);
@@ -210,6 +222,9 @@ pub fn page(rows: &[Row], effort: &Effort, took: Duration) -> String {
     page.push_str("\n## Space that is given back (less is better, not ratios)\n\n");
     page.push_str(&table(plain().filter(reclaim), and_kept, &mut notes));
     let _ = write!(page, "\n{RECLAIM}");
+    page.push_str("\n## Many hosts and one server (less is better, not ratios)\n\n");
+    page.push_str(&table(plain().filter(hosts), compared, &mut notes));
+    let _ = write!(page, "\n{HOSTS}");
     page.push_str("\n## Amounts (less is better, not ratios)\n\n");
     page.push_str(&table(plain().filter(amounts), compared, &mut notes));
     page.push_str(
