@@ -13,7 +13,8 @@ unexport NAME
 endif
 
 .PHONY: build run check check-clients check-packages check-versions crash fuzz bench
-.PHONY: deps doc man install uninstall doctor dist lint clean help
+.PHONY: deps doc man install uninstall doctor dist sbom rpm check-dist check-rpm
+.PHONY: lint-crates lint clean help
 
 build:
 	@packaging/build.sh
@@ -69,8 +70,27 @@ doctor:
 dist:
 	@packaging/dist.sh
 
+sbom:
+	@packaging/sbom.sh
+
+rpm:
+	@packaging/deps.sh package
+	@packaging/rpm.sh
+
+check-dist:
+	@packaging/deps.sh package
+	@tests/packaging/dist.sh
+	@tests/packaging/sbom.sh
+
+check-rpm:
+	@packaging/deps.sh package
+	@tests/packaging/rpm.sh
+
 lint:
 	@packaging/lint.sh
+
+lint-crates:
+	@packaging/lint-crates.sh
 
 clean:
 	@packaging/build.sh clean

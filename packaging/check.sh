@@ -25,7 +25,7 @@ clients)
     tests/packaging/doctor.sh
     ;;
 packages)
-    for kind in dist deb rpm; do
+    for kind in dist sbom deb rpm; do
         say
         say "--- $kind"
         "tests/packaging/$kind.sh"

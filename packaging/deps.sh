@@ -65,6 +65,16 @@ qemu-utils         bench  qemu-nbd
 libnbd-bin         bench  nbdcopy
 valgrind           bench  valgrind
 nginx              bench  nginx
+git                package  git
+xz-utils           package  xz
+python3            package  python3
+binutils           package  readelf
+rpm                package  rpmbuild
+rpm2cpio           package  rpm2cpio
+cpio               package  cpio
+rpmlint            package  rpmlint
+qemu-utils         package  qemu-io
+man-db             package  man
 git                roots  git
 xz-utils           roots  xz
 tar                roots  tar

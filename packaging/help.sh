@@ -37,6 +37,12 @@ make doctor         which nbdkit and which filter are installed, whether the one
                     built for the other, and what to do; changes nothing
 make dist           the source tarball, and one of the crates for builds without a
                     network, into target/dist
+make check-dist     builds from them twice, and compares and looks at what comes out
+make sbom           the crates that are linked into the filter and their licences,
+                    into target/sbom
+make rpm            an RPM for Fedora, of the name nbdkit-cowrs-filter, into target/rpm
+make check-rpm      makes one, looks at it and tries its filter
 make lint           formatting, clippy, rustdoc, manual page, shell scripts
+make lint-crates    licences and sources of the crates, and advisories that warn of them
 make clean          removes what was built
 TEXT
