@@ -31,7 +31,7 @@ mandir=$(rpm --eval '%{_mandir}')
 
 say 'What is in it'
 is "$(query --queryformat '[%{filemodes:perms} %{fileusername} %{filenames}\n]' | grep -v '^d' |
-    grep -v '/\.build-id' | sed 's/\.gz$//' | sort -k 3)" \
+    grep -v '/\.build-id' | sed -e 's/\.gz$//' -e "s,/$name-${version%-*}/,/$name/," | sort -k 3)" \
     "-rwxr-xr-x root $filters/$name.so" \
     "-rw-r--r-- root /usr/share/doc/$name/CHANGELOG.md" \
     "-rw-r--r-- root /usr/share/doc/$name/README.md" \
@@ -47,7 +47,7 @@ is "$(query --requires | grep -vE '^(rpmlib|libc\.so\.6|libgcc_s\.so\.1|ld-linux
     "nbdkit-server$isa = $nbdkit_version"
 
 say 'rpmlint'
-rpmlint --config "$root/packaging/rpm/rpmlint.toml" "$package" >"$work/rpmlint" 2>&1 ||
+rpmlint --config "$root/packaging/rpm/rpmlint.toml" "$package" "$root/packaging/rpm/$name.spec" >"$work/rpmlint" 2>&1 ||
     fail "$(cat -- "$work/rpmlint")"
 grep -qE ' 0 errors, 0 warnings' "$work/rpmlint" || fail "$(cat -- "$work/rpmlint")"
 
@@ -71,7 +71,7 @@ for words in "registered filter $system_filters/nbdkit-cowrs-filter.so (name cow
 done
 ! grep -q 'Pattern verification failed' <<<"$told" || fail "what was written is not there: $told"
 [ "$sum" = "$(sha256sum -- "$work/disk")" ] || fail 'the disk has changed'
-told=$(man --local-file "$work$mandir/man1/$name.1.gz" 2>/dev/null | cat) || :
+told=$(man --local-file "$work$mandir/man1/$name.1"* 2>/dev/null | cat) || :
 for words in "$name - write to a disk without changing it" 'nbdkit --filter=cowrs PLUGIN'; do
     grep -qF -e "$words" <<<"$told" || fail "the manual page does not say '$words'"
 done
