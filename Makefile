@@ -13,8 +13,9 @@ unexport NAME
 endif
 
 .PHONY: build run check check-clients check-packages check-versions crash fuzz bench
-.PHONY: deps doc man install uninstall doctor dist sbom rpm check-dist check-rpm
-.PHONY: lint-crates lint clean help
+.PHONY: deps doc man install uninstall doctor
+.PHONY: dist check-dist sbom deb check-deb rpm check-rpm
+.PHONY: lint lint-crates clean help
 
 build:
 	@packaging/build.sh
@@ -85,6 +86,11 @@ check-dist:
 check-rpm:
 	@packaging/deps.sh package
 	@tests/packaging/rpm.sh
+deb:
+	@packaging/deb.sh
+check-deb:
+	@packaging/deps.sh package
+	@tests/packaging/deb.sh
 
 lint:
 	@packaging/lint.sh

@@ -75,6 +75,9 @@ cpio               package  cpio
 rpmlint            package  rpmlint
 qemu-utils         package  qemu-io
 man-db             package  man
+dpkg-dev           package  dpkg-shlibdeps
+lintian            package  lintian
+libnbd-bin         package  nbdcopy
 git                roots  git
 xz-utils           roots  xz
 tar                roots  tar

@@ -42,6 +42,10 @@ make sbom           the crates that are linked into the filter and their licence
                     into target/sbom
 make rpm            an RPM for Fedora, of the name nbdkit-cowrs-filter, into target/rpm
 make check-rpm      makes one, looks at it and tries its filter
+make deb            installs what is missing, and makes the Debian package for the
+                    nbdkit that is installed
+make check-deb      makes, installs, upgrades and removes that package; only on a
+                    system that may be spoiled: THROW_AWAY_SYSTEM=yes says so
 make lint           formatting, clippy, rustdoc, manual page, shell scripts
 make lint-crates    licences and sources of the crates, and advisories that warn of them
 make clean          removes what was built

@@ -21,10 +21,15 @@ manual_page() {
 }
 
 scripts=(packaging/*.sh tests/packaging/*.sh .ci/run)
+# Of the Debian package, for sh.
+package_scripts=(packaging/debian/{preinst,postinst,postrm,tests/smoke})
 syntax() {
     local script status=0
     for script in "${scripts[@]}"; do
         bash -n "$script" || status=1
+    done
+    for script in "${package_scripts[@]}"; do
+        sh -n "$script" || status=1
     done
     return "$status"
 }
@@ -54,7 +59,7 @@ section 'cargo doc' documentation
 section 'manual page' manual_page
 section 'figures in README.md' figures
 section 'shell syntax' syntax
-section 'shellcheck' shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
+section 'shellcheck' shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}" "${package_scripts[@]}"
 
 echo
 if [ "${#failed[@]}" -gt 0 ]; then

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Builds the Debian package, for the nbdkit whose header is installed, with cargo-deb.
+#
+# cargo-deb takes what it packs from Cargo.toml, and knows no variables there. So it
+# gets a directory of its own, with a copy in which they are filled in.
+. "$(dirname -- "$0")/common.sh"
+need_cargo
+
+readonly cargo_deb_version=3.8.0
+for command in pkg-config dpkg-shlibdeps dpkg-parsechangelog strip xz; do
+    have "$command" || die "$command is missing: make deb needs Debian's packages pkg-config, dpkg-dev, binutils and xz-utils."
+done
+
+target=$(target_dir)
+PATH=$PATH:$target/tools/bin
+if ! have cargo-deb; then
+    say "Installing cargo-deb $cargo_deb_version in $target/tools"
+    # Without its own xz, which is a library in C: it takes the command.
+    cargo install -q --locked --version "$cargo_deb_version" --no-default-features \
+        --root "$target/tools" cargo-deb ||
+        die 'cargo-deb could not be installed: without a network, put it on the PATH.'
+fi
+
+nbdkit=$(pkg-config --modversion nbdkit) && filterdir=$(pkg-config --variable=filterdir nbdkit) ||
+    die "nbdkit's development files were not found by pkg-config: install nbdkit-plugin-dev."
+crate_version=$(sed -n '/^version/ { s/.*"\(.*\)".*/\1/p; q }' "$root/Cargo.toml")
+changelog=$root/packaging/debian/changelog
+debian_version=$(dpkg-parsechangelog -l "$changelog" -S Version)
+[ "${debian_version%-*}" = "$crate_version" ] ||
+    die "$changelog is about version $debian_version, Cargo.toml about $crate_version: add an entry."
+# A package for a later nbdkit replaces one for an earlier.
+version=$debian_version+nbdkit$nbdkit
+
+"$root/packaging/build.sh"
+
+stage=$target/debian-package
+rm -rf -- "$stage"
+mkdir -p -- "$stage/scripts" "$stage/files/doc"
+
+# The arguments are files, or the text comes from stdin.
+fill_in() { sed -e "s|@NBDKIT@|$nbdkit|g" -e "s|@FILTERDIR@|${filterdir#/}|g" -- "$@"; }
+packed() { gzip -9n; }
+
+fill_in "$root/Cargo.toml" >"$stage/Cargo.toml"
+# cargo asks that they are there.
+ln -s -- "$root"/{src,tests,build.rs} "$stage/"
+for script in preinst postinst postrm; do
+    fill_in "$root/packaging/debian/$script" >"$stage/scripts/$script"
+done
+packed <"$(manual)" >"$stage/files/nbdkit-cow-filter.1.gz"
+cp -- "$root/packaging/debian/lintian-overrides" "$stage/files/"
+fill_in "$root/packaging/debian/README.Debian" >"$stage/files/doc/README.Debian"
+sed "1s/(.*)/($version)/" "$changelog" | packed >"$stage/files/doc/changelog.Debian.gz"
+{
+    sed '/@LICENSE@/,$d' "$root/packaging/debian/copyright"
+    # The licence without the line of who has the copyright, as the format wants it.
+    sed -e '1,/^$/d' -e 's/^$/./' -e 's/^/ /' "$root/LICENSE"
+} >"$stage/files/copyright"
+
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(dpkg-parsechangelog -l "$changelog" -S Timestamp)}
+CARGO_TARGET_DIR=$target
+export SOURCE_DATE_EPOCH CARGO_TARGET_DIR
+# Not --quiet, which would keep back that dpkg-shlibdeps has failed.
+cargo-deb --no-build --deb-version "$version" --manifest-path "$stage/Cargo.toml"
