@@ -103,6 +103,24 @@ distrib() {
 can_divert() { [ "$(id -u)" -eq 0 ] && have dpkg-divert && have dpkg-query; }
 diverted_to() { dpkg-divert --truename "$1"; }
 
+# The Debian package diverts the same files.
+packaged() {
+    local name
+    have dpkg-divert || return 1
+    names_of "$1"
+    for name in "${names[@]}"; do
+        [ "$(dpkg-divert --listpackage "$name")" != nbdkit-cow-filter ] || return 0
+    done
+    return 1
+}
+
+must_not_be_packaged() {
+    local file
+    for file; do
+        ! packaged "$file" || die "$file belongs to the package nbdkit-cow-filter: remove that first (apt-get remove nbdkit-cow-filter), or set FILTERDIR and MANDIR to install beside it."
+    done
+}
+
 set_aside() {
     local file=$1 kept to
     kept=$(distrib "$file")
@@ -213,6 +231,7 @@ install)
     installed_page=$(page_in "$mandir")
     must_write "$installed_library" "$installed_page" ${record:+"$record"}
     if [ -z "$destdir" ]; then
+        must_not_be_packaged "$installed_library" "$installed_page"
         if [ "$filter_name" != cow ]; then
             must_be_free "$installed_library"
             must_be_free "$installed_page"
@@ -254,12 +273,15 @@ uninstall)
         [ -n "$filterdir" ] || die 'No such installation is recorded, and neither pkg-config nor nbdkit says where filters go: set FILTERDIR.'
         libraries=("$(library_in "$filterdir")")
         pages=("$(page_in "$mandir")")
+        [ "$destdir" ] || must_not_be_packaged "${libraries[@]}" "${pages[@]}"
     fi
     files=()
     for file in "${libraries[@]}" "${pages[@]}"; do
         ! is_among "$file" "${files[@]}" || continue
         if is_among "$file" "${in_use[@]}"; then
             say "Left      $file, which another install has too"
+        elif [ -z "$destdir" ] && packaged "$file"; then
+            say "Left      $file, which belongs to the package nbdkit-cow-filter"
         else
             files+=("$file")
         fi
