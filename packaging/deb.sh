@@ -42,6 +42,27 @@ mkdir -p -- "$stage/scripts" "$stage/files/doc"
 fill_in() { sed -e "s|@NBDKIT@|$nbdkit|g" -e "s|@FILTERDIR@|${filterdir#/}|g" -- "$@"; }
 packed() { gzip -9n; }
 
+# The crates that are linked into the library, as Debian's copyright file has them. MIT
+# wants the lines of their authors to go with each copy.
+linked_crates() {
+    local directories crate crate_version licence directory holders
+    directories=$(cargo metadata --locked --format-version 1 --manifest-path "$root/Cargo.toml" \
+        --filter-platform "$(rustc -vV | sed -n 's/^host: //p')" |
+        grep -o '"manifest_path":"[^"]*"' | sed 's|.*:"\(.*\)/Cargo.toml"|\1|')
+    while read -r crate crate_version licence; do
+        [ "$crate" != nbdkit-cow-filter ] || continue
+        [[ $licence == *MIT* ]] || die "$crate can't be had under MIT, but $licence: see packaging/debian/copyright."
+        directory=$(grep -E "/$crate(-${crate_version#v})?\$" <<<"$directories")
+        # Not the blanks to be filled in that are in the text of Apache's licence.
+        holders=$(find "$directory" -maxdepth 1 -iname 'LICEN[CS]E*' -exec sed -nE \
+            '/notice|[[{]/d; s/^ *Copyright (\([Cc]\)|©)? *(.*)$/\2/p' {} + | sort -u | paste -sd ';')
+        holders=${holders//;/,$'\n' }
+        printf '\nFiles: vendor/%s/*\nCopyright: %s\nLicense: MIT\nComment: Version %s.\n' \
+            "$crate" "${holders:-the authors of $crate}" "${crate_version#v}"
+    done < <(cargo tree --locked -e normal --prefix none -f '{p} {l}' --manifest-path "$root/Cargo.toml" |
+        sed 's/ ([/*][^)]*)//' | sort -u)
+}
+
 fill_in "$root/Cargo.toml" >"$stage/Cargo.toml"
 # cargo asks that they are there.
 ln -s -- "$root"/{src,tests,build.rs} "$stage/"
@@ -53,9 +74,11 @@ cp -- "$root/packaging/debian/lintian-overrides" "$stage/files/"
 fill_in "$root/packaging/debian/README.Debian" >"$stage/files/doc/README.Debian"
 sed "1s/(.*)/($version)/" "$changelog" | packed >"$stage/files/doc/changelog.Debian.gz"
 {
-    sed '/@LICENSE@/,$d' "$root/packaging/debian/copyright"
+    cat -- "$root/packaging/debian/copyright"
+    echo 'License: BSD-3-Clause'
     # The licence without the line of who has the copyright, as the format wants it.
     sed -e '1,/^$/d' -e 's/^$/./' -e 's/^/ /' "$root/LICENSE"
+    linked_crates
 } >"$stage/files/copyright"
 
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(dpkg-parsechangelog -l "$changelog" -S Timestamp)}
