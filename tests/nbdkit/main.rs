@@ -39,3 +39,4 @@ mod real_disk;
 mod requests;
 mod stacked;
 mod tmpdir;
+mod users;

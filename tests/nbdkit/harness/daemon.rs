@@ -56,7 +56,7 @@ impl Drop for Daemon {
 }
 
 /// A zombie counts: process 1, whose child a daemon is, need not be one that waits for it.
-fn has_ended(pid: u32) -> bool {
+pub fn has_ended(pid: u32) -> bool {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
         return true;
     };

@@ -4,6 +4,7 @@
 pub mod base;
 pub mod command;
 pub mod daemon;
+pub mod line;
 pub mod log;
 pub mod mount;
 pub mod python;
