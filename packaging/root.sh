@@ -72,6 +72,8 @@ exec unshare --mount --propagation private --pid --fork --kill-child bash -c '
     set -e
     system=$1
     shift
+    # A root directory that is no mount point would keep unshare --mount from working.
+    mount --bind "$system" "$system"
     mount -t proc proc "$system/proc"
     mount -t sysfs sysfs "$system/sys"
     mount --rbind /dev "$system/dev"
