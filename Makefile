@@ -12,7 +12,8 @@ else
 unexport NAME
 endif
 
-.PHONY: build run check check-clients check-packages check-versions crash fuzz bench
+.PHONY: build run check check-clients check-packages check-versions check-v2v
+.PHONY: crash fuzz bench
 .PHONY: deps doc man install uninstall doctor
 .PHONY: dist check-dist sbom deb check-deb rpm check-rpm
 .PHONY: lint lint-crates clean help
@@ -40,6 +41,10 @@ check-packages:
 check-versions:
 	@packaging/deps.sh roots
 	@packaging/check-versions.sh
+
+check-v2v:
+	@packaging/deps.sh roots
+	@packaging/check-v2v.sh
 
 crash:
 	@packaging/deps.sh check

@@ -54,6 +54,12 @@ fuse3              check  fusermount3
 xfsprogs           check  mkfs.xfs
 btrfs-progs        check  mkfs.btrfs
 util-linux         check  losetup
+util-linux         check  unshare
+util-linux         check  nsenter
+iproute2           check  ip
+nbdkit             check  have_plugin curl
+nbdkit             check  have_plugin floppy
+nbdkit-plugin-python check have_plugin python
 mount              check  mount
 strace             check  strace
 procps             check  pgrep
@@ -108,6 +114,8 @@ have_module() {
     return 1
 }
 
+have_plugin() { nbdkit "$1" --version >/dev/null 2>&1; }
+
 list_only() {
     local package test argument what found list='' status=0
     while read -r package _ test argument; do
@@ -116,6 +124,7 @@ list_only() {
         have_libclang) what='libclang, the library' ;;
         have_header) what="the file $argument.pc, for pkg-config, and the headers" ;;
         have_module) what="the Python module $argument" ;;
+        have_plugin) what="the $argument plugin of nbdkit" ;;
         *) what=$test ;;
         esac
         case $test in

@@ -12,6 +12,8 @@ make check-packages the tests of the tarballs and packages; for a system that is
 make check-versions builds and tests it, packages too, in small systems of Debian 12, 13
                     and sid that it makes; SUITES= names others, DEBIAN_MIRROR=
                     where they come from
+make check-v2v      has virt-v2v convert a guest in a Debian 13 system, with the C filter
+                    and with this one, and writes docs/v2v.md (ten minutes)
 make crash          looks at what crashes leave of a kept overlay, at random, until
                     Ctrl-C; CRASH_SEED= begins with that seed
 make fuzz           installs what is missing, and feeds damaged images to the filter

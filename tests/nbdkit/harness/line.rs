@@ -3,7 +3,8 @@
 //!
 //! nbdkit looks for `cow` only in a directory that is compiled into it. So each line gets a
 //! mount namespace of its own, in which the library under test lies over the file there:
-//! nothing else on this system sees it.
+//! nothing else on this system sees it. (In a chroot that works only if its root directory
+//! is a mount point.)
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
