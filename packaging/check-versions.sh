@@ -7,6 +7,7 @@
 . "$(dirname -- "$0")/common.sh"
 [ "$(id -u)" -eq 0 ] || die 'make check-versions needs root, to make and enter systems of other versions of Debian.'
 
+need_cargo_deb
 "$root/packaging/dist.sh"
 dist=$(target_dir)/dist
 name=nbdkit-cow-filter-$(version)
@@ -24,17 +25,24 @@ for suite in ${SUITES:-bookworm trixie sid}; do
     for part in "$name" "$name-vendor"; do
         tar -x --touch --strip-components=1 -C "$tree" -f "$dist/$part.tar.xz"
     done
-    mkdir -p -- "$tree/target/dist"
+    mkdir -p -- "$tree/target/dist" "$tree/target/tools/bin"
     cp -- "$dist/$name"*.tar.xz "$tree/target/dist/"
+    # Not built again in each system, unless it does not run there.
+    cp -- "$(type -P cargo-deb)" "$tree/target/tools/bin/"
+    chroot "$system" /src/nbdkit-cow-filter/target/tools/bin/cargo-deb --version >/dev/null 2>&1 ||
+        rm -- "$tree/target/tools/bin/cargo-deb"
 
     # The compiler that Debian 12 has for its browsers is the one that is new enough.
     toolchain='rustc cargo'
     [ "$suite" != bookworm ] || toolchain='rustc-web cargo-web'
+    # The tarballs have to build with the oldest compiler that the filter is for.
+    targets='deps build check-clients check-packages'
+    [ "$suite" != trixie ] || targets+=' check-dist'
     "$root/packaging/root.sh" "$suite" sh -ec "
         apt-get update -q
         apt-get install -y -q --no-install-recommends make $toolchain
         cd /src/nbdkit-cow-filter
-        make deps build check-clients check-packages THROW_AWAY_SYSTEM=yes
+        make $targets THROW_AWAY_SYSTEM=yes
     " </dev/null || failed+=("$suite")
 done
 

@@ -2,7 +2,7 @@
 # check.sh [clients|packages]
 #
 # Runs every test. clients: only those against nbdkit and its clients. packages: those of
-# what a distribution makes of it.
+# Debian and RPM packages.
 . "$(dirname -- "$0")/common.sh"
 need_cargo
 cd -- "$root"
@@ -25,7 +25,7 @@ clients)
     tests/packaging/doctor.sh
     ;;
 packages)
-    for kind in dist sbom deb rpm; do
+    for kind in deb rpm; do
         say
         say "--- $kind"
         "tests/packaging/$kind.sh"

@@ -25,6 +25,22 @@ need_cargo() {
     have cargo || die 'The Rust toolchain is missing: install cargo, then run make again.'
 }
 
+# Puts a program that cargo installs on PATH: need_cargo_program NAME VERSION [OPTION...]
+need_cargo_program() {
+    local name=$1 version=$2 tools
+    tools=$(target_dir)/tools
+    shift 2
+    PATH=$PATH:$tools/bin
+    ! have "$name" || return 0
+    say "Installing $name $version in $tools"
+    # Not optimised, which would take far longer than all that it does here. Not from the
+    # tree, where settings may forbid the network.
+    (cd / && cargo install -q --debug --locked --version "$version" --root "$tools" "$@" "$name") ||
+        die "$name could not be installed: without a network, put it on PATH."
+}
+# Without its own xz, which is a library in C: it takes the command.
+need_cargo_deb() { need_cargo_program cargo-deb 3.6.3 --no-default-features; }
+
 # As it stands in Cargo.toml.
 version() { sed -n '/^version/ { s/.*"\(.*\)".*/\1/p; q }' "$root/Cargo.toml"; }
 

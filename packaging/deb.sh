@@ -6,25 +6,17 @@
 . "$(dirname -- "$0")/common.sh"
 need_cargo
 
-readonly cargo_deb_version=3.6.3
 for command in pkg-config dpkg-shlibdeps dpkg-parsechangelog strip xz; do
     have "$command" || die "$command is missing: make deb needs Debian's packages pkg-config, dpkg-dev, binutils and xz-utils."
 done
 
 target=$(target_dir)
-PATH=$PATH:$target/tools/bin
-if ! have cargo-deb; then
-    say "Installing cargo-deb $cargo_deb_version in $target/tools"
-    # Without its own xz, which is a library in C: it takes the command.
-    cargo install -q --debug --locked --version "$cargo_deb_version" --no-default-features \
-        --root "$target/tools" cargo-deb ||
-        die 'cargo-deb could not be installed: without a network, put it on the PATH.'
-fi
+need_cargo_deb
 
 nbdkit=$(pkg-config --modversion nbdkit) ||
     die "nbdkit's development files were not found by pkg-config: install nbdkit-plugin-dev."
 filterdir=$(pkg-config --variable=filterdir nbdkit)
-crate_version=$(sed -n '/^version/ { s/.*"\(.*\)".*/\1/p; q }' "$root/Cargo.toml")
+crate_version=$(version)
 changelog=$root/packaging/debian/changelog
 debian_version=$(dpkg-parsechangelog -l "$changelog" -S Version)
 [ "${debian_version%-*}" = "$crate_version" ] ||

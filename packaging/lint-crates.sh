@@ -5,15 +5,7 @@
 need_cargo
 
 # The last one that Debian 13's compiler builds.
-readonly cargo_deny_version=0.18.3
-tools=$(target_dir)/tools
-PATH=$PATH:$tools/bin
-if ! have cargo-deny; then
-    say "Installing cargo-deny $cargo_deny_version in $tools"
-    # Not optimised: that would take far longer than all that it does here.
-    cargo install -q --debug --locked --version "$cargo_deny_version" --root "$tools" cargo-deny ||
-        die 'cargo-deny could not be installed: without a network, put it on the PATH.'
-fi
+need_cargo_program cargo-deny 0.18.3
 
 deny() { cargo-deny --manifest-path "$root/Cargo.toml" --locked "$@" --config "$root/packaging/deny.toml"; }
 deny check licenses bans sources

@@ -68,6 +68,7 @@ cp -L -- /etc/resolv.conf "$system/etc/resolv.conf"
 # What is mounted is seen only by this command and its children, and goes with them.
 # The shell that stays is the init of the processes in there: it takes the status of
 # those whose parent has ended, and when it ends, all of them do.
+# shellcheck disable=SC2016 # it is the inner shell that expands this
 exec unshare --mount --propagation private --pid --fork --kill-child bash -c '
     set -e
     system=$1
