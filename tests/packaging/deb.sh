@@ -288,6 +288,9 @@ unchanged
 begin 'without manual pages'
 quietly dpkg --path-exclude='/usr/share/man/*' -i "$work/nbdkit.deb" "$ours"
 gone "$page.gz"
+quietly dpkg -i "$ours"
+quietly dpkg -i "$ours" # whose page must not be taken for nbdkit's
+gone "$kept_page"
 quietly dpkg -P nbdkit-cow-filter
 gone "$page.gz"
 quietly dpkg -i "$work/nbdkit.deb"
@@ -385,6 +388,13 @@ done
 say "    at $steps steps"
 make_it uninstall
 quietly dpkg-divert --local --no-rename --divert "$library.distrib" --add "$library" # before it was moved
+quietly dpkg -i "$ours"
+installed
+quietly dpkg -P nbdkit-cow-filter
+unchanged
+
+begin 'over a file that is left of a diversion'
+echo old >"$library.distrib"
 quietly dpkg -i "$ours"
 installed
 quietly dpkg -P nbdkit-cow-filter
