@@ -8,7 +8,7 @@
 [ "$(id -u)" -eq 0 ] || die 'This test needs root, as an installation does.'
 umask 022
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C
-unset DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY MANPATH
+unset DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY NAME MANPATH
 
 work=$(mktemp -d)
 trap 'rm -rf -- "$work"' EXIT
