@@ -65,6 +65,7 @@ packed <"$(manual)" >"$stage/files/nbdkit-cow-filter.1.gz"
 cp -- "$root/packaging/debian/lintian-overrides" "$stage/files/"
 fill_in "$root/packaging/debian/README.Debian" >"$stage/files/doc/README.Debian"
 sed "1s/(.*)/($version)/" "$changelog" | packed >"$stage/files/doc/changelog.Debian.gz"
+packed <"$root/CHANGELOG.md" >"$stage/files/doc/changelog.gz"
 {
     cat -- "$root/packaging/debian/copyright"
     echo 'License: BSD-3-Clause'
