@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use crate::harness::command::{LIMIT, eventually, kill_group, spawn, success};
+use crate::harness::command::{LIMIT, command, eventually, kill_group, outcome, spawn, success};
 use crate::harness::daemon::has_ended;
 use crate::harness::line::{Line, in_network_of};
 use crate::harness::mount::{Mount, NbdFuse};
@@ -99,43 +99,59 @@ fn virt_v2v_converts_a_local_disk() {
     }
 }
 
+/// As virt-v2v puts filters around ours: those that this nbdkit has.
+fn filters(names: &[&str]) -> String {
+    let there = |name: &&&str| {
+        let probe = ["null", &format!("--filter={name}"), "--version"];
+        outcome(command("nbdkit").args(probe)).status.success()
+    };
+    let found = names.iter().filter(there);
+    found.map(|name| format!("--filter {name} ")).collect()
+}
+
 /// The options for the VDDK plugin, which has no free library, over plugins that we have.
 #[test]
 fn virt_v2v_converts_a_disk_of_vddk() {
-    let filters = "--filter multi-conn --filter cow --filter blocksize --filter retry";
     let parameters = "minblock=512 maxdata=2M multi-conn-mode=disable cow-block-size=4096 \
                       cow-on-read=\"$DIR/convert\"";
-    converts(
-        &format!("{filters} file file=\"$DISK\" {parameters}"),
-        &guest(),
-    );
-    let slow = "delay-read=1ms";
-    converts(
-        &format!("{filters} --filter delay file file=\"$DISK\" {slow} {parameters}"),
-        &guest(),
-    );
-    let limited = format!("--filter rate {filters} --filter noextents");
-    converts(
-        &format!("{limited} file file=\"$DISK\" {parameters} rate=10G"),
-        &guest(),
-    );
+    for (around, more) in [
+        (&["multi-conn", "cow", "blocksize", "retry"][..], ""),
+        (
+            &["multi-conn", "cow", "blocksize", "retry", "delay"],
+            "delay-read=1ms",
+        ),
+        (
+            &[
+                "rate",
+                "multi-conn",
+                "cow",
+                "blocksize",
+                "noextents",
+                "count",
+                "retry",
+            ],
+            "rate=10G",
+        ),
+    ] {
+        let around = filters(around);
+        converts(
+            &format!("{around} file file=\"$DISK\" {parameters} {more}"),
+            &guest(),
+        );
+    }
 }
 
 /// Its filters for VMware's web server and for Xen's ssh server; curl reads a file as well.
 #[test]
 fn virt_v2v_converts_a_disk_of_curl() {
     let curl = "curl url=\"file://$DISK\" timeout=2000 cow-on-read=\"$DIR/convert\"";
-    for filters in [
-        "--filter cow --filter cacheextents --filter retry",
-        "--filter rate --filter cow --filter cacheextents --filter retry",
-        "--filter cow --filter retry",
+    for (around, more) in [
+        (&["cow", "cacheextents", "retry"][..], ""),
+        (&["rate", "cow", "cacheextents", "retry"], "rate=10G"),
+        (&["cow", "count", "retry"], ""),
     ] {
-        let rate = if filters.contains("rate") {
-            "rate=10G"
-        } else {
-            ""
-        };
-        converts(&format!("{filters} {curl} {rate}"), &guest());
+        let around = filters(around);
+        converts(&format!("{around} {curl} {more}"), &guest());
     }
 }
 

@@ -129,6 +129,9 @@ impl Server {
     pub fn overlay_files(&self) -> Vec<OverlayFile> {
         let proc = PathBuf::from(format!("/proc/{}", self.pid()));
         let directory = fs::canonicalize(&self.tmpdir).expect("the overlay directory");
+        // From a chroot, the paths of another mount namespace are seen as from outside.
+        let root = fs::read_link(proc.join("root")).expect("nbdkit's root directory");
+        let directory = root.join(directory.strip_prefix("/").expect("an absolute path"));
         let mut files = Vec::new();
         for entry in fs::read_dir(proc.join("fd")).expect("nbdkit's descriptors") {
             let entry = entry.expect("a descriptor");
