@@ -76,6 +76,7 @@ xz-utils           package  xz
 python3            package  python3
 binutils           package  readelf
 rpm                package  rpmbuild
+elfutils           package  eu-strip
 rpm2cpio           package  rpm2cpio
 cpio               package  cpio
 rpmlint            package  rpmlint
