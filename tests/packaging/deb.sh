@@ -76,7 +76,7 @@ snapshot() {
     find /etc /opt /usr /var -xdev \( -path "$root" -o -path "$work" -o -path /var/cache \
         -o -path /var/log -o -path /var/tmp -o -path /var/lib/apt -o -path '/var/lib/dpkg/*-old' \
         -o -path '/var/lib/dpkg/lock*' -o -path /var/lib/dpkg/status -o -path /var/lib/dpkg/available \
-        -o -path /var/lib/dpkg/diversions -o -path /var/lib/dpkg/triggers \) -prune -o \
+        -o -path /var/lib/dpkg/diversions -o -path /var/lib/dpkg/triggers -o -path /var/lib/dpkg/tmp.ci \) -prune -o \
         \( -type d -o -path '/var/lib/dpkg/info/*' \) -printf '%p %y %m %u %g\n' -o \
         -printf '%p %y %m %u %g %s %T@ %l\n' | sort
     dpkg-query -W -f '${Package} ${Version} ${Status}\n'
@@ -421,6 +421,32 @@ for earlier in nothing make_it; do
     unchanged
 done
 
+begin 'a package that was cut short, and is given up'
+steps=0
+while cut_short_at "$steps" dpkg -i "$ours"; do
+    quietly dpkg -P nbdkit-cow-filter
+    unchanged
+    steps=$((steps + 1))
+done
+[ "$steps" -ge 4 ] || fail "only $steps steps"
+say "    at $steps steps"
+quietly dpkg -P nbdkit-cow-filter
+unchanged
+
+begin 'a package that is given up after its removal was cut short'
+steps=0
+while
+    quietly dpkg -i "$ours"
+    cut_short_at "$steps" dpkg -P nbdkit-cow-filter
+do
+    quietly dpkg -P nbdkit-cow-filter
+    unchanged
+    steps=$((steps + 1))
+done
+[ "$steps" -ge 4 ] || fail "only $steps steps"
+say "    at $steps steps"
+unchanged
+
 begin 'a package that can not be unpacked'
 refused dpkg -i "$work/ours-broken.deb"
 said 'trying to overwrite'
@@ -435,6 +461,38 @@ said 'apt-get remove nbdkit-cow-filter'
 quietly dpkg -i "$ours"
 installed
 quietly dpkg -P nbdkit-cow-filter
+unchanged
+
+begin 'a package whose preinst has ended with the power, under which nbdkit is upgraded'
+# The diversion is there, and nothing is moved.
+repack "$ours" "$work/ours-early.deb" \
+    "in_control 's/^Version: .*/&.2/'; sed -i '/mv -f .* .kept.\$/s/.*/kill -9 \$PPID \$\$/' DEBIAN/preinst"
+refused dpkg -i "$work/ours-early.deb"
+[[ $(dpkg-divert --list "$library") == *' by nbdkit-cow-filter' ]] || fail 'nothing was diverted'
+quietly dpkg -i "$work/nbdkit-revision.deb"
+[ -e "$library" ] && [ -e "$library.distrib" ] || fail 'no file is in the way'
+quietly dpkg -P nbdkit-cow-filter
+gone "$library.distrib"
+[ "$changed_filter" = "$(sum "$library")" ] || fail "$library is not that of the new nbdkit"
+quietly dpkg -i "$work/nbdkit.deb"
+unchanged
+
+begin "an administrator's own filter"
+quietly dpkg-divert --local --rename --add "$library" # dpkg-divert chooses the name
+echo own >"$library"
+theirs=$(snapshot)
+refused dpkg -i "$ours"
+said "$library is in the place of nbdkit's own"
+quietly dpkg -P nbdkit-cow-filter
+diff <(cat <<<"$theirs") <(snapshot) >&2 || fail 'it has been changed'
+rm -- "$library"
+quietly dpkg-divert --local --rename --remove "$library"
+unchanged
+mkdir -- "$library.distrib"
+refused dpkg -i "$ours"
+said "$library.distrib is a directory"
+quietly dpkg -P nbdkit-cow-filter
+rmdir -- "$library.distrib"
 unchanged
 
 begin 'what somebody else has diverted'
