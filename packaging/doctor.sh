@@ -15,7 +15,7 @@ config_of() { "$1" --dump-config 2>/dev/null | sed -n "s/^$2=//p" || :; }
 # What a library says of itself: nbdkit-cow-filter VERSION for nbdkit VERSION.
 built_as() {
     local said
-    said=$(grep -aoE -m1 'nbdkit-cow-filter [^ ]+ for nbdkit [0-9][0-9.]*' -- "$1") || said=
+    said=$(grep -saoE -m1 'nbdkit-cow-filter [^ ]+ for nbdkit [0-9][0-9.]*' -- "$1") || said=
     if [ -z "$said" ] && grep -qs nbdkit_cow_filter -- "$1"; then
         said='nbdkit-cow-filter, which does not say for which nbdkit it was built'
     fi
@@ -76,11 +76,17 @@ build='make, then sudo make install'
 
 # Says what --filter=NAME loads. If it is this filter, our_name is set to it, and if nbdkit
 # takes it, works to yes.
-our_name='' works=''
+our_name='' works='' cow_is_unknown=''
 look_at() {
     local file=$filters/nbdkit-$1-filter.so what said package aside
     if ! [ -e "$file" ]; then
         line "$1" "missing: there is no $file"
+        return
+    fi
+    if ! [ -f "$file" ] || ! [ -r "$file" ]; then
+        line "$1" "unknown: $(placed "$file")"
+        to_do "$file is not a file that you can read, so nothing can be said of it. See what it is as root."
+        [ "$1" != cow ] || cow_is_unknown=yes
         return
     fi
     what=$(built_as "$file")
@@ -112,7 +118,7 @@ if [ "$filters" ]; then
         name=${name%-filter.so}
         [ "$name" = cow ] || [ -z "$(built_as "$file")" ] || look_at "$name"
     done
-    [ "$our_name" ] || to_do "This filter is not installed. Install the package nbdkit-cow-filter, or build it: $build."
+    [ "$our_name" ] || [ "$cow_is_unknown" ] || to_do "This filter is not installed. Install the package nbdkit-cow-filter, or build it: $build."
 fi
 
 library=$(library)

@@ -107,6 +107,12 @@ shows 'built here   nothing yet'
 shows 'header       missing, so nothing can be built here (Debian: nbdkit-plugin-dev)'
 shows 'manual       not looked for, because man is missing'
 
+new_case 'no file in the place of the filter'
+rm -- "$cow"
+mkdir -- "$cow"
+asks_for "$cow is not a file that you can read, so nothing can be said of it. See what it is as root."
+shows "cow          unknown: $cow"
+
 new_case "nbdkit's own filter"
 with man
 asks_for "$not_installed $build."
