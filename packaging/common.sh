@@ -6,6 +6,8 @@ set -euo pipefail
 # mke2fs, losetup and the like lie in sbin, which is not on every user's PATH.
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
+# Where it is set, cd may go to another directory, and prints which.
+unset CDPATH
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck disable=SC2034 # for the scripts that read this one
 manual_source=$root/docs/nbdkit-cow-filter.pod
