@@ -27,7 +27,9 @@ version=$debian_version+nbdkit$nbdkit
 "$root/packaging/build.sh"
 
 stage=$target/debian-package
-rm -rf -- "$stage"
+# Only this package is there afterwards: the pattern by which it is installed, and tested,
+# would match that of another version as well.
+rm -rf -- "$stage" "$target"/debian/nbdkit-cow-filter_*.deb
 mkdir -p -- "$stage/scripts" "$stage/files/doc"
 
 # The arguments are files, or the text comes from stdin.
