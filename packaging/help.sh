@@ -7,7 +7,7 @@ make run            installs what is missing, builds, and serves a small demo
                     disk until Ctrl-C; DISK=path serves that file instead
 make check          installs what is missing and runs every test
 make check-clients  only the tests with nbdkit and its clients
-make check-packages the tests of the tarballs and packages; for a system that is
+make check-packages the tests of the Debian and the RPM package; for a system that is
                     thrown away, which THROW_AWAY_SYSTEM=yes says
 make check-versions builds and tests it, packages too, in small systems of Debian 12, 13
                     and sid that it makes; SUITES= names others, DEBIAN_MIRROR=
@@ -44,8 +44,8 @@ make sbom           the crates that are linked into the filter and their licence
                     into target/sbom
 make rpm            an RPM for Fedora, of the name nbdkit-cowrs-filter, into target/rpm
 make check-rpm      makes one, looks at it and tries its filter
-make deb            installs what is missing, and makes the Debian package for the
-                    nbdkit that is installed
+make deb            the Debian package for the nbdkit that is installed, into
+                    target/debian
 make check-deb      makes, installs, upgrades and removes that package; only on a
                     system that may be spoiled: THROW_AWAY_SYSTEM=yes says so
 make lint           formatting, clippy, rustdoc, manual page, shell scripts
