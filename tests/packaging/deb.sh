@@ -443,7 +443,7 @@ do
     unchanged
     steps=$((steps + 1))
 done
-[ "$steps" -ge 4 ] || fail "only $steps steps"
+[ "$steps" -ge 2 ] || fail "only $steps steps"
 say "    at $steps steps"
 unchanged
 
@@ -466,14 +466,14 @@ unchanged
 begin 'a package whose preinst has ended with the power, under which nbdkit is upgraded'
 # The diversion is there, and nothing is moved.
 repack "$ours" "$work/ours-early.deb" \
-    "in_control 's/^Version: .*/&.2/'; sed -i '/mv -f .* .kept.\$/s/.*/kill -9 \$PPID \$\$/' DEBIAN/preinst"
+    "in_control 's/^Version: .*/&.2/'; sed -i '/mv -f .* ..kept.\$/s/.*/kill -9 \$PPID \$\$/' DEBIAN/preinst"
 refused dpkg -i "$work/ours-early.deb"
 [[ $(dpkg-divert --list "$library") == *' by nbdkit-cow-filter' ]] || fail 'nothing was diverted'
 quietly dpkg -i "$work/nbdkit-revision.deb"
-[ -e "$library" ] && [ -e "$library.distrib" ] || fail 'no file is in the way'
+{ [ -e "$library" ] && [ -e "$library.distrib" ]; } || fail 'no older file is in the way'
+quietly dpkg -i "$ours"
+installed "$changed_filter" "$changed_page"
 quietly dpkg -P nbdkit-cow-filter
-gone "$library.distrib"
-[ "$changed_filter" = "$(sum "$library")" ] || fail "$library is not that of the new nbdkit"
 quietly dpkg -i "$work/nbdkit.deb"
 unchanged
 
