@@ -7,6 +7,9 @@
 . "$(dirname -- "$0")/common.sh"
 [ "$(id -u)" -eq 0 ] || die 'make check-versions needs root, to make and enter systems of other versions of Debian.'
 
+# Others than root have to read the tree in there: tests become other users.
+umask 022
+
 need_cargo_deb
 "$root/packaging/dist.sh"
 dist=$(target_dir)/dist

@@ -8,6 +8,8 @@
 #
 # DEBIAN_MIRROR= names another mirror than debootstrap's own.
 . "$(dirname -- "$0")/common.sh"
+# Others than root have to read what is made in there: apt's user, and those of tests.
+umask 022
 
 name=
 if [ "${1:-}" = --name ]; then
@@ -23,6 +25,7 @@ shift
 have debootstrap || die 'debootstrap is missing: run packaging/deps.sh roots.'
 
 roots=$(target_dir)/roots
+[[ $roots != *[[:space:]]* ]] || die "debootstrap can't work in $roots, because of the space in the name: set CARGO_TARGET_DIR."
 system=$roots/$name
 # Written when the system is whole: one that was cut short is made again.
 made=$system.made
