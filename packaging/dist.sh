@@ -11,7 +11,8 @@
 #
 # The same files give the same bytes, whoever makes the tarballs and wherever: the order,
 # the owners, the modes and the times are set here. The time is that of the last commit,
-# or SOURCE_DATE_EPOCH.
+# or SOURCE_DATE_EPOCH. Only which files of a crate go to vendor/ is cargo's to say, and
+# not the same in all of its versions.
 . "$(dirname -- "$0")/common.sh"
 need_cargo
 # These would add options to what is called here.
