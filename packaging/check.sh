@@ -15,6 +15,8 @@ all)
     tests/packaging/headers.sh
     tests/packaging/install.sh
     tests/packaging/doctor.sh
+    # The systems of make check-versions have no checkout, from which tarballs are made.
+    [ ! -e .git ] || tests/packaging/dist.sh tarballs
     packaging/model-check.sh
     packaging/fuzz.sh 45
     ;;

@@ -65,6 +65,7 @@ strace             check  strace
 procps             check  pgrep
 man-db             check  mandb
 xz-utils           check  xz
+git                check  git
 nginx              check  nginx
 shellcheck         check  shellcheck
 qemu-utils         bench  qemu-nbd
