@@ -73,11 +73,19 @@ impl Storage {
         };
         let stderr = self.file("stderr");
         server.stderr(fs::File::create(&stderr).expect("a file for stderr"));
-        self.child = Some(spawn(&mut server));
-        let reached = || UnixStream::connect(self.file("socket")).is_ok();
-        let in_time = eventually(LIMIT, reached);
+        let mut child = spawn(&mut server);
+        let mut reached = false;
+        eventually(LIMIT, || {
+            reached = UnixStream::connect(self.file("socket")).is_ok();
+            // What is not installed will never be reached.
+            reached || child.try_wait().expect("look at the server").is_some()
+        });
+        self.child = Some(child);
         let said = fs::read_to_string(stderr).expect("the server's stderr");
-        assert!(in_time, "{server:?} does not serve: {said}");
+        assert!(
+            reached,
+            "{server:?} does not serve: {said} (`make deps` installs what the tests need)"
+        );
     }
 
     fn nginx(&self) -> Command {
