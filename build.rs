@@ -5,12 +5,27 @@
 //! would say, and pkg-config's own variables (`PKG_CONFIG_PATH`,
 //! `PKG_CONFIG_SYSROOT_DIR`, `PKG_CONFIG_ALLOW_CROSS`) work as everywhere.
 
+use std::cell::RefCell;
 use std::env;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::PathBuf;
+use std::rc::Rc;
+
+use bindgen::callbacks::{MacroParsingBehavior, ParseCallbacks};
 
 #[path = "include/known_header.rs"]
 mod known_header;
+
+/// The names of the header's macros. bindgen makes no constant of one that has a cast.
+#[derive(Debug, Default, Clone)]
+struct Macros(Rc<RefCell<Vec<String>>>);
+
+impl ParseCallbacks for Macros {
+    fn will_parse_macro(&self, name: &str) -> MacroParsingBehavior {
+        self.0.borrow_mut().push(name.to_string());
+        MacroParsingBehavior::Default
+    }
+}
 
 const HEADER: &str = "include/nbdkit_cow.h";
 
@@ -27,6 +42,7 @@ fn main() {
 
 fn generate() -> Result<(), String> {
     let flags = compiler_flags()?;
+    let macros = Macros::default();
     let builder = bindgen::Builder::default()
         .header(HEADER)
         .clang_args(&flags)
@@ -46,7 +62,8 @@ fn generate() -> Result<(), String> {
         .parse_callbacks(Box::new(
             // A new nbdkit header must lead to new bindings.
             bindgen::CargoCallbacks::new(),
-        ));
+        ))
+        .parse_callbacks(Box::new(macros.clone()));
 
     // bindgen panics where libclang is missing, with a page of advice.
     let bindings = panic::catch_unwind(AssertUnwindSafe(|| builder.generate()))
@@ -55,7 +72,7 @@ fn generate() -> Result<(), String> {
             format!("<nbdkit-filter.h> could not be read; install nbdkit's development files (Debian: nbdkit-plugin-dev): {}",
                 e.to_string().lines().next().unwrap_or("no reason given"))
         })?;
-    let header = known_header::check(&bindings.to_string())?;
+    let header = known_header::check(&bindings.to_string(), &macros.0.borrow())?;
     println!("cargo::rustc-env=NBDKIT_VERSION={}", header.version);
     if header.has_dump_plugin {
         println!("cargo::rustc-cfg=nbdkit_dump_plugin");

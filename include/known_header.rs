@@ -91,9 +91,12 @@ pub struct Header {
     pub has_dump_plugin: bool,
 }
 
-/// Looks at what bindgen made of the header. An error is a sentence for who builds.
-pub fn check(bindings: &str) -> Result<Header, String> {
-    let found = declarations(bindings).map_err(|e| format!("bindgen's output: {e}"))?;
+/// Looks at what bindgen made of the header, and at the names of all its macros. An error is a sentence for who builds.
+pub fn check(bindings: &str, macros: &[String]) -> Result<Header, String> {
+    let mut found = declarations(bindings).map_err(|e| format!("bindgen's output: {e}"))?;
+    for name in macros {
+        found.entry(name.clone()).or_insert("?".to_string());
+    }
     let version = found.get("NBDKIT_VERSION_STRING");
     let version = version.map_or("an unknown version", String::as_str);
     let differences = differences(&found);

@@ -90,6 +90,9 @@ refused 'nbdkit_filter.a is new (the first of 2 differences)'
 header 'a new flag' '/define NBDKIT_FLAG_FUA/a #define NBDKIT_FLAG_COPY 64'
 refused 'NBDKIT_FLAG_COPY is new'
 
+header 'a new flag with a cast' '/define NBDKIT_FLAG_FUA/a #define NBDKIT_FLAG_COPY ((uint32_t) 64)'
+refused 'NBDKIT_FLAG_COPY is new'
+
 header 'another API' 's/\(define NBDKIT_FILTER_API_VERSION\) .*/\1 7/'
 refused 'NBDKIT_FILTER_API_VERSION is 7, not 6'
 
