@@ -95,7 +95,7 @@ library() {
     if [ -n "${LIBRARY:-}" ]; then
         realpath -m -- "$LIBRARY"
     else
-        printf '%s\n' "$(target_dir)/release/libnbdkit_cow_filter.so"
+        printf '%s\n' "$(target_dir)${CARGO_BUILD_TARGET:+/$CARGO_BUILD_TARGET}/release/libnbdkit_cow_filter.so"
     fi
 }
 

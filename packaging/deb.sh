@@ -12,6 +12,8 @@ done
 
 target=$(target_dir)
 need_cargo_deb
+# The package is for this system, and takes the library from where cargo builds for it.
+unset CARGO_BUILD_TARGET
 
 nbdkit=$(pkg-config --modversion nbdkit) ||
     die "nbdkit's development files were not found by pkg-config: install nbdkit-plugin-dev."
