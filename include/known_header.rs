@@ -91,7 +91,8 @@ pub struct Header {
     pub has_dump_plugin: bool,
 }
 
-/// Looks at what bindgen made of the header, and at the names of all its macros. An error is a sentence for who builds.
+/// Looks at what bindgen made of the header, and at the names of all its macros. An error
+/// is a sentence for who builds.
 pub fn check(bindings: &str, macros: &[String]) -> Result<Header, String> {
     let mut found = declarations(bindings).map_err(|e| format!("bindgen's output: {e}"))?;
     for name in macros {
