@@ -26,4 +26,5 @@ rpm -q rpm >/dev/null 2>&1 || options=(--nodeps)
     rpmbuild -bb "${options[@]}" --define "_topdir $top" --define "_sourcedir ${top%/*}/dist" "$spec"
 ) >"$top/log" 2>&1 || die "rpmbuild failed; all it said is in $top/log
 $(tail -n 20 -- "$top/log")"
-find "$top/RPMS" -name '*.rpm'
+# Where there are the means, rpmbuild puts debugging symbols into a package of their own.
+find "$top/RPMS" -name '*.rpm' ! -name '*-debuginfo-*'
