@@ -15,6 +15,9 @@ use std::rc::Rc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+#[path = "../nbdkit/harness/nginx.rs"]
+mod nginx;
+
 use super::command::{self, LIMIT, command};
 use super::lab::{self, DISK, MEMORY, scratch};
 use super::nbd::{Client, Request};
@@ -158,33 +161,16 @@ impl Web {
             .prefix("web.")
             .tempdir_in(directory)
             .map_err(|error| format!("no directory for nginx: {error}"))?;
-        let place = own.path().display();
-        let configuration = format!(
-            "daemon off;
-            master_process off;
-            pid {place}/pid;
-            error_log {place}/error.log;
-            events {{}}
-            http {{
-                log_format sent '$body_bytes_sent';
-                access_log {place}/sent sent;
-                keepalive_requests 1000000;
-                client_body_temp_path {place}/tmp;
-                proxy_temp_path {place}/tmp;
-                fastcgi_temp_path {place}/tmp;
-                uwsgi_temp_path {place}/tmp;
-                scgi_temp_path {place}/tmp;
-                server {{
-                    listen unix:{place}/socket;
-                    root {};
-                }}
-            }}",
-            directory.display()
+        let configuration = nginx::configuration(
+            own.path(),
+            directory,
+            "$body_bytes_sent",
+            "keepalive_requests 1000000;",
         );
         let file = own.path().join("nginx.conf");
         fs::write(&file, configuration)
             .map_err(|error| format!("nginx's configuration: {error}"))?;
-        let mut nginx = command(&nginx());
+        let mut nginx = command(&nginx::program());
         nginx.arg("-e").arg(own.path().join("error.log"));
         let child = nginx.arg("-c").arg(file).spawn();
         let child = child.map_err(|error| format!("nginx could not be started: {error}"))?;
@@ -208,7 +194,7 @@ impl Web {
     /// Ends it, and gives the bytes that it has sent.
     fn stop(mut self) -> Result<u64, String> {
         command::end(&mut self.child, LIMIT);
-        let lines = fs::read_to_string(self.own.path().join("sent"));
+        let lines = fs::read_to_string(self.own.path().join("log"));
         let lines = lines.map_err(|error| format!("nginx's log: {error}"))?;
         lines
             .lines()
@@ -221,14 +207,4 @@ impl Drop for Web {
     fn drop(&mut self) {
         command::end(&mut self.child, Duration::ZERO);
     }
-}
-
-/// The nginx of the system, or the one that `make deps` puts below the target directory.
-fn nginx() -> String {
-    let executable = std::env::current_exe().expect("the path of this executable");
-    let own = executable
-        .ancestors()
-        .map(|directory| directory.join("nginx/usr/sbin/nginx"))
-        .find(|path| path.is_file());
-    own.map_or("nginx".into(), |path| path.display().to_string())
 }

@@ -7,6 +7,7 @@ pub mod daemon;
 pub mod line;
 pub mod log;
 pub mod mount;
+mod nginx;
 pub mod python;
 pub mod server;
 pub mod setup;

@@ -4,13 +4,12 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::process::{Child, Command};
 
 use tempfile::TempDir;
 
 use super::command::{LIMIT, command, eventually, kill_group, signal, spawn};
-use super::{Base, log};
+use super::{Base, log, nginx};
 
 #[derive(Clone, Copy)]
 enum Kind {
@@ -89,32 +88,16 @@ impl Storage {
     }
 
     fn nginx(&self) -> Command {
-        let place = self.scratch.path().display();
         let directory = self.disk.strip_suffix("/disk.img").expect("a base");
-        let configuration = format!(
-            "daemon off;
-            # One process, so that to stop it is to stop all of it.
-            master_process off;
-            pid {place}/pid;
-            error_log {place}/error.log;
-            events {{}}
-            http {{
-                log_format asked '$request_method $request_uri $http_range';
-                access_log {place}/log asked;
-                client_body_temp_path {place}/tmp;
-                proxy_temp_path {place}/tmp;
-                fastcgi_temp_path {place}/tmp;
-                uwsgi_temp_path {place}/tmp;
-                scgi_temp_path {place}/tmp;
-                server {{
-                    listen unix:{place}/socket;
-                    root {directory};
-                }}
-            }}"
+        let configuration = nginx::configuration(
+            self.scratch.path(),
+            directory.as_ref(),
+            "$request_method $request_uri $http_range",
+            "",
         );
         let file = self.file("nginx.conf");
         fs::write(&file, configuration).expect("nginx's configuration");
-        let mut nginx = ends_with_us(&nginx());
+        let mut nginx = ends_with_us(&nginx::program());
         // Before it reads its configuration it would complain to a file of the system's.
         nginx.args(["-e", &self.file("error.log"), "-c", &file]);
         nginx
@@ -202,14 +185,4 @@ fn ends_with_us(program: &str) -> Command {
     let mut command = command("setpriv");
     command.args(["--pdeathsig", "KILL", program]);
     command
-}
-
-/// The nginx of the system, or the one that `make deps` puts below the target directory.
-fn nginx() -> String {
-    let executable = std::env::current_exe().expect("the path of this executable");
-    let own: Option<PathBuf> = executable
-        .ancestors()
-        .map(|directory| directory.join("nginx/usr/sbin/nginx"))
-        .find(|path| path.is_file());
-    own.map_or("nginx".into(), |path| path.display().to_string())
 }
