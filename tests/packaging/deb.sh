@@ -88,6 +88,11 @@ unchanged() {
     [ "$c_page" = "$(sum "$page.gz")" ] || fail "nbdkit's manual page has other bytes than before"
 }
 
+purge_leaves_nothing() {
+    quietly dpkg -P nbdkit-cow-filter
+    unchanged
+}
+
 # The package is in place, and nothing beside it; nbdkit's own files are set aside.
 installed() {
     local list
@@ -308,8 +313,7 @@ installed
 works
 shown "$our_title"
 gone "$record"
-quietly dpkg -P nbdkit-cow-filter
-unchanged
+purge_leaves_nothing
 
 begin 'over a make install of an earlier version'
 make_it install
@@ -320,8 +324,7 @@ quietly dpkg-divert --local --no-rename --divert "$man1/nbdkit-cow-filter.distri
 rm -r -- "${record%/*}"
 quietly dpkg -i "$ours"
 installed
-quietly dpkg -P nbdkit-cow-filter
-unchanged
+purge_leaves_nothing
 
 begin 'over a make install with leftovers, and beside another'
 make_it install
@@ -334,8 +337,7 @@ grep -qxF "$work/other/nbdkit-cow-filter.so"$'\t'"$work/other/man/man1/nbdkit-co
 make_it uninstall
 installed
 gone "$work/other/nbdkit-cow-filter.so"
-quietly dpkg -P nbdkit-cow-filter
-unchanged
+purge_leaves_nothing
 
 begin 'over a make install that nbdkit has been upgraded under'
 make_it install
@@ -380,8 +382,7 @@ while cut_short_at "$steps" "$root/packaging/install.sh" install; do
     quietly dpkg -i "$ours"
     installed
     gone "$record"
-    quietly dpkg -P nbdkit-cow-filter
-    unchanged
+    purge_leaves_nothing
     steps=$((steps + 1))
 done
 [ "$steps" -ge 8 ] || fail "only $steps steps"
@@ -390,15 +391,13 @@ make_it uninstall
 quietly dpkg-divert --local --no-rename --divert "$library.distrib" --add "$library" # before it was moved
 quietly dpkg -i "$ours"
 installed
-quietly dpkg -P nbdkit-cow-filter
-unchanged
+purge_leaves_nothing
 
 begin 'over a file that is left of a diversion'
 echo old >"$library.distrib"
 quietly dpkg -i "$ours"
 installed
-quietly dpkg -P nbdkit-cow-filter
-unchanged
+purge_leaves_nothing
 
 begin 'over a package that was cut short'
 for earlier in nothing make_it; do
@@ -411,27 +410,23 @@ for earlier in nothing make_it; do
         quietly dpkg -i "$ours"
         installed
         gone "$record"
-        quietly dpkg -P nbdkit-cow-filter
-        unchanged
+        purge_leaves_nothing
         steps=$((steps + 1))
     done
     [ "$steps" -ge 4 ] || fail "only $steps steps"
     say "    at $steps steps, after $earlier"
-    quietly dpkg -P nbdkit-cow-filter
-    unchanged
+    purge_leaves_nothing
 done
 
 begin 'a package that was cut short, and is given up'
 steps=0
 while cut_short_at "$steps" dpkg -i "$ours"; do
-    quietly dpkg -P nbdkit-cow-filter
-    unchanged
+    purge_leaves_nothing
     steps=$((steps + 1))
 done
 [ "$steps" -ge 4 ] || fail "only $steps steps"
 say "    at $steps steps"
-quietly dpkg -P nbdkit-cow-filter
-unchanged
+purge_leaves_nothing
 
 begin 'a package that is given up after its removal was cut short'
 steps=0
@@ -439,8 +434,7 @@ while
     quietly dpkg -i "$ours"
     cut_short_at "$steps" dpkg -P nbdkit-cow-filter
 do
-    quietly dpkg -P nbdkit-cow-filter
-    unchanged
+    purge_leaves_nothing
     steps=$((steps + 1))
 done
 [ "$steps" -ge 2 ] || fail "only $steps steps"
@@ -450,8 +444,7 @@ unchanged
 begin 'a package that can not be unpacked'
 refused dpkg -i "$work/ours-broken.deb"
 said 'trying to overwrite'
-quietly dpkg -P nbdkit-cow-filter # which dpkg may remember
-unchanged
+purge_leaves_nothing # which dpkg may remember
 
 begin 'over a package whose unpacking has ended with the power'
 refused dpkg -i "$work/ours-cut.deb"
@@ -460,8 +453,7 @@ refused "$root/packaging/install.sh" install
 said 'apt-get remove nbdkit-cow-filter'
 quietly dpkg -i "$ours"
 installed
-quietly dpkg -P nbdkit-cow-filter
-unchanged
+purge_leaves_nothing
 
 begin 'a package whose preinst has ended with the power, under which nbdkit is upgraded'
 # The diversion is there, and nothing is moved.
