@@ -27,7 +27,7 @@ const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FULL_DISK_ENCRYPTION: u32 = 0x0537_be77;
 const BITMAPS: u32 = 0x2385_2875;
 const EXTERNAL_DATA_NAME: u32 = 0x4441_5441;
-/// Ours, "nbco": programs skip the extensions that they do not know. 32 bytes:
+/// Ours, "nbco": programs skip the extensions that they do not know. 296 bytes:
 ///
 /// | byte | length | what |
 /// |---|---|---|
@@ -35,13 +35,25 @@ const EXTERNAL_DATA_NAME: u32 = 0x4441_5441;
 /// | 8 | 8 | the base's modification time, seconds; signed |
 /// | 16 | 4 | its nanoseconds |
 /// | 20 | 4 | 1 if the time is known, else 0 |
-/// | 24 | 8 | which export it keeps: [`hash_of_export`] of its name, 0 while nothing was written |
+/// | 24 | 8 | which export it keeps: [`hash`] of its name, 0 while nothing was written |
+/// | 32 | 4 | 1 from before the first change of a run to its clean end, else 0 |
+/// | 36 | 4 | how many samples of the base follow: 0 to 16 |
+/// | 40 | 16 each | [`Sample`]: its offset on the disk, and the [`hash`] of its bytes |
+///
+/// Images of version 1.0 have the first 32 bytes only.
 const OURS: u32 = 0x6e62_636f;
-const OURS_LEN: usize = 32;
+const OURS_LEN: usize = 40 + SAMPLE_LEN * MAX_SAMPLES;
+const FIRST_OURS_LEN: usize = 32;
 /// In the data of ours.
 const EXPORT: usize = 24;
-/// Where that lies in the header of a new image.
-const NEW_EXPORT_AT: u64 = HEADER_LEN as u64 + 16 + 8 + EXPORT as u64;
+const IN_USE: usize = 32;
+const SAMPLE_COUNT: usize = 36;
+const SAMPLES: usize = 40;
+const SAMPLE_LEN: usize = 16;
+/// The most samples that a header has.
+pub const MAX_SAMPLES: usize = 16;
+/// Where the data of ours lies in the header of a new image.
+const NEW_OURS_AT: u64 = HEADER_LEN as u64 + 16 + 8;
 
 const FORMAT_OF_BASE: &[u8] = b"raw";
 
@@ -65,11 +77,35 @@ pub struct Header {
     /// Where that lies in the file: eight bytes within a sector, which can be changed
     /// without touching anything else.
     pub export_at: u64,
+    /// Whether the last run that changed the image came to a clean end. `None`: an image
+    /// of version 1.0, which does not say.
+    pub in_use: Option<InUse>,
+    /// What the base has at some places. Empty: not recorded.
+    pub samples: Vec<Sample>,
+}
+
+/// The mark of a run that changes the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InUse {
+    /// The last such run has not come to a clean end.
+    pub is_set: bool,
+    /// Where the mark lies in the file: four bytes within a sector, a number that is 0
+    /// or 1.
+    pub at: u64,
+}
+
+/// A few bytes of the base, by which it is known again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sample {
+    /// Where on the disk they begin.
+    pub offset: u64,
+    /// Their [`hash`].
+    pub hash: u64,
 }
 
 /// FNV-1a, 64 bits, which is the same for ever, as what is in a file has to be.
-pub fn hash_of_export(name: &[u8]) -> u64 {
-    name.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+pub fn hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
     })
 }
@@ -86,7 +122,12 @@ impl Header {
             backing,
             mtime,
             export: 0,
-            export_at: NEW_EXPORT_AT,
+            export_at: NEW_OURS_AT + EXPORT as u64,
+            in_use: Some(InUse {
+                is_set: false,
+                at: NEW_OURS_AT + IN_USE as u64,
+            }),
+            samples: Vec::new(),
         }
     }
 
@@ -135,7 +176,16 @@ impl Header {
             bytes[16..20].copy_from_slice(&mtime.nanoseconds.to_be_bytes());
             bytes[20..24].copy_from_slice(&1u32.to_be_bytes());
         }
-        bytes[EXPORT..].copy_from_slice(&self.export.to_be_bytes());
+        bytes[EXPORT..IN_USE].copy_from_slice(&self.export.to_be_bytes());
+        let is_set = self.in_use.is_some_and(|in_use| in_use.is_set);
+        bytes[IN_USE..SAMPLE_COUNT].copy_from_slice(&u32::from(is_set).to_be_bytes());
+        let count = self.samples.len() as u32;
+        bytes[SAMPLE_COUNT..SAMPLES].copy_from_slice(&count.to_be_bytes());
+        let places = bytes[SAMPLES..].chunks_exact_mut(SAMPLE_LEN);
+        for (place, sample) in places.zip(&self.samples) {
+            place[..8].copy_from_slice(&sample.offset.to_be_bytes());
+            place[8..].copy_from_slice(&sample.hash.to_be_bytes());
+        }
         bytes
     }
 
@@ -232,6 +282,8 @@ impl Header {
             }),
             export: be_u64(ours, EXPORT),
             export_at: (ours_at + EXPORT) as u64,
+            in_use: in_use(ours, ours_at)?,
+            samples: samples(ours)?,
         })
     }
 }
@@ -313,7 +365,8 @@ fn extensions(bytes: &[u8]) -> Result<(&[u8], usize)> {
         }
         at += 8 + len.next_multiple_of(8);
     }
-    let Some(ours) = ours.filter(|(data, _)| data.len() == OURS_LEN) else {
+    let lengths = [FIRST_OURS_LEN, OURS_LEN];
+    let Some(ours) = ours.filter(|(data, _)| lengths.contains(&data.len())) else {
         return Err(refused(
             "it was not made by this filter: the header extension \"nbco\" is missing",
         ));
@@ -324,6 +377,44 @@ fn extensions(bytes: &[u8]) -> Result<(&[u8], usize)> {
         ));
     }
     Ok(ours)
+}
+
+/// The mark in the data of ours, which lies at `ours_at`.
+fn in_use(ours: &[u8], ours_at: usize) -> Result<Option<InUse>> {
+    if ours.len() == FIRST_OURS_LEN {
+        return Ok(None);
+    }
+    let mark = be_u32(ours, IN_USE);
+    if mark > 1 {
+        return Err(refused(format!(
+            "the mark of a run at byte {} is {mark:#x}, not 0 or 1",
+            ours_at + IN_USE
+        )));
+    }
+    Ok(Some(InUse {
+        is_set: mark == 1,
+        at: (ours_at + IN_USE) as u64,
+    }))
+}
+
+fn samples(ours: &[u8]) -> Result<Vec<Sample>> {
+    if ours.len() == FIRST_OURS_LEN {
+        return Ok(Vec::new());
+    }
+    let count = be_u32(ours, SAMPLE_COUNT) as usize;
+    if count > MAX_SAMPLES {
+        return Err(refused(format!(
+            "it is said to have {count} samples of its base, but there are at most {MAX_SAMPLES}"
+        )));
+    }
+    let places = ours[SAMPLES..].chunks_exact(SAMPLE_LEN);
+    Ok(places
+        .take(count)
+        .map(|place| Sample {
+            offset: be_u64(place, 0),
+            hash: be_u64(place, 8),
+        })
+        .collect())
 }
 
 #[cfg(test)]
@@ -357,8 +448,14 @@ mod tests {
                 let mut header = header(size, block);
                 assert_eq!(Header::from_bytes(&padded(&header)).expect("ours"), header);
                 header.mtime = None;
-                header.export = hash_of_export(b"a");
+                header.export = hash(b"a");
                 header.backing = vec![b'x'; MAX_BACKING_NAME];
+                header.samples = (0..MAX_SAMPLES as u64)
+                    .map(|n| Sample {
+                        offset: n << 30,
+                        hash: !n,
+                    })
+                    .collect();
                 assert_eq!(Header::from_bytes(&padded(&header)).expect("ours"), header);
             }
         }
@@ -409,14 +506,35 @@ mod tests {
     #[test]
     fn the_hash_of_an_export_is_where_it_is_said_to_be_and_what_it_always_was() {
         // From the published test vectors of FNV-1a.
-        assert_eq!(hash_of_export(b""), 0xcbf2_9ce4_8422_2325);
-        assert_eq!(hash_of_export(b"a"), 0xaf63_dc4c_8601_ec8c);
+        assert_eq!(hash(b""), 0xcbf2_9ce4_8422_2325);
+        assert_eq!(hash(b"a"), 0xaf63_dc4c_8601_ec8c);
         let header = header(10 << 20, 4096);
         let mut bytes = padded(&header);
         let at = header.export_at as usize;
         assert!(at % 512 <= 504, "within a sector");
         bytes[at..at + 8].copy_from_slice(&77u64.to_be_bytes());
         assert_eq!(Header::from_bytes(&bytes).expect("ours").export, 77);
+    }
+
+    #[test]
+    fn the_mark_of_a_run_is_where_it_is_said_to_be() {
+        let header = header(10 << 20, 4096);
+        let mut bytes = padded(&header);
+        let at = header.in_use.expect("a new image has it").at as usize;
+        assert!(at % 512 <= 508, "within a sector");
+        bytes[at + 3] = 1;
+        let read = Header::from_bytes(&bytes).expect("ours");
+        assert!(read.in_use.expect("as before").is_set);
+        bytes[at + 3] = 2;
+        assert!(refusal(&bytes).contains("the mark of a run"));
+    }
+
+    #[test]
+    fn more_samples_than_there_is_room_for_are_refused() {
+        let mut bytes = padded(&header(10 << 20, 4096));
+        let at = NEW_OURS_AT as usize + SAMPLE_COUNT;
+        bytes[at + 3] = MAX_SAMPLES as u8 + 1;
+        assert!(refusal(&bytes).contains("17 samples"));
     }
 
     #[test]

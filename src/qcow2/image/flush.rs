@@ -9,7 +9,7 @@ use bitvec::order::Lsb0;
 use bitvec::view::BitView;
 
 use super::super::file::ImageFile;
-use super::super::header::hash_of_export;
+use super::super::header;
 use super::super::layout::{GuestCluster, has_data};
 use super::{CLUSTERS_PER_GROUP, ClusterSet, GroupCommit, Image, Writer, ones};
 use crate::buffer::list;
@@ -179,7 +179,7 @@ impl<F: ImageFile> Image<F> {
     /// Whether the image keeps the export with this name. If nothing says yet which one
     /// it keeps, it is this one from the next change on.
     pub fn claim(&self, name: &[u8]) -> bool {
-        let hash = hash_of_export(name);
+        let hash = header::hash(name);
         let mut export = locked(&self.export);
         if export.recorded == 0 {
             export.current = hash;
