@@ -35,6 +35,9 @@ pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
     }
     rows.push(save(effort)?);
     rows.push(resume(effort)?);
+    for place in [MEMORY, DISK] {
+        rows.push(move_home(place, effort)?);
+    }
     Ok(rows)
 }
 
@@ -162,6 +165,76 @@ fn resume(effort: &Effort) -> Result<Row, String> {
         }),
     };
     Ok(runner::run_one(cell))
+}
+
+/// Start-up with an image to which qemu has written, beside a copy of the same image. Both
+/// end when what they have written is on the disk.
+fn move_home(place: &str, effort: &Effort) -> Result<Row, String> {
+    let on_disk = place == DISK;
+    let scratch = scratch(place)?;
+    let place = scratch.path();
+    let size = if effort.quick { 128 << 20 } else { 1 << 30 };
+    let disk = place.join("disk.img");
+    sparse(&disk, 2 * size)?;
+    let image = place.join("by-qemu.qcow2");
+    write_by_qemu(&disk, &image, size)?;
+    let copy = place.join("copy.qcow2");
+    let setup = Setup::disk(&disk).resuming(&copy);
+    let cell = Cell {
+        id: if on_disk {
+            "disk-kept-move"
+        } else {
+            "kept-move"
+        }
+        .into(),
+        title: format!(
+            "start-up with an image to which qemu wrote {} MiB{} (no filter: a copy of it)",
+            size >> 20,
+            if on_disk { ", on disk" } else { "" }
+        ),
+        kind: Kind::Amount("s"),
+        rounds: effort.rounds,
+        systems: vec![System::Kept, System::NoFilter],
+        measure: Box::new(|system| {
+            let copied = copy_and_sync(&image, &copy)?;
+            let took = match system {
+                System::Kept => setup.start(system, place)?.start_up,
+                _ => copied,
+            };
+            std::fs::remove_file(&copy).map_err(|error| format!("the copy: {error}"))?;
+            Ok(took.as_secs_f64())
+        }),
+    };
+    Ok(runner::run_one(cell))
+}
+
+/// An image of ours, to which qemu has written from the second cluster on, in order: it
+/// puts each cluster into the place of the one before.
+fn write_by_qemu(disk: &Path, image: &Path, size: u64) -> Result<(), String> {
+    let place = image.parent().expect("a file in a directory");
+    Setup::disk(disk)
+        .resuming(image)
+        .start(System::Kept, place)?
+        .stop();
+    let mut write = command("qemu-io");
+    for megabyte in 0..size >> 20 {
+        let at = (megabyte << 20) + 32 * BLOCK;
+        write.args(["-c", &format!("write -q -P {} {at} 1M", megabyte % 255 + 1)]);
+    }
+    command::run(write.args(["-f", "qcow2"]).arg(image), command::LIMIT)?;
+    Ok(())
+}
+
+fn copy_and_sync(from: &Path, to: &Path) -> Result<Duration, String> {
+    let start = Instant::now();
+    let mut copy = command("cp");
+    copy.args(["--sparse=auto", "--reflink=never"])
+        .args([from, to]);
+    command::run(&mut copy, command::LIMIT)?;
+    File::open(to)
+        .and_then(|file| file.sync_all())
+        .map_err(|error| format!("syncing the copy: {error}"))?;
+    Ok(start.elapsed())
 }
 
 /// Makes an image as nbdkit would leave it after writing to 1 % of the disk, but for

@@ -61,7 +61,7 @@ const SUMMARY: [(&str, &str); 18] = [
 ];
 
 /// The same as [`SUMMARY`], of the overlay that is kept.
-const SUMMARY_KEPT: [(&str, &str); 8] = [
+const SUMMARY_KEPT: [(&str, &str); 10] = [
     ("kept-never", "4K random write, no flush"),
     ("kept-32", "with a flush after every 32"),
     ("kept-1", "with a flush after every one"),
@@ -73,6 +73,8 @@ const SUMMARY_KEPT: [(&str, &str); 8] = [
         "kept-resume",
         "start-up with an image of a 1T disk, 1 % written (ms)",
     ),
+    ("kept-move", ""),
+    ("disk-kept-move", ""),
 ];
 
 const COLUMNS: &str = "\

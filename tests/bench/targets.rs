@@ -13,13 +13,15 @@ pub enum Goal {
     OfAtMost(System, f64),
     /// This many times another system's rate.
     Times(System, f64),
+    /// This many times what another system takes, at most.
+    TimesAtMost(System, f64),
     /// Not more than this above "no filter", in the row's unit.
     Beyond(f64),
 }
 
 /// The goals of a row.
 pub fn goals(id: &str) -> &'static [Goal] {
-    use Goal::{AtLeast, AtMost, Beyond, OfAtMost, Times};
+    use Goal::{AtLeast, AtMost, Beyond, OfAtMost, Times, TimesAtMost};
     if let Some(load) = id.strip_prefix("disk-cpu-").or(id.strip_prefix("cpu-")) {
         return if of_whole_blocks(load) {
             &[OfAtMost(System::Ours, 1.05), OfAtMost(System::Kept, 1.08)]
@@ -48,6 +50,7 @@ pub fn goals(id: &str) -> &'static [Goal] {
         "disk-kept-never" | "kept-32" | "disk-kept-32" => &[Times(System::QemuKept, 1.5)],
         "kept-1" | "disk-kept-1" => &[Times(System::QemuKept, 1.0)],
         "kept-resume" => &[AtMost(200.0)],
+        "kept-move" | "disk-kept-move" => &[TimesAtMost(System::NoFilter, 2.0)],
         "instructions-write-far" | "allocations-write-far" => &[],
         _ if id.starts_with("library-") => &[AtMost(400.0)],
         _ if id.starts_with("instructions-") => &[AtMost(400.0)],
@@ -95,6 +98,11 @@ pub fn verdict(row: &Row, goal: Goal) -> String {
             let found = row.ratio(row.subject, system);
             let wanted = format!("≥ {least} × {}", system.name());
             (wanted, found, found.map(|f| f.median >= least))
+        }
+        Goal::TimesAtMost(system, most) => {
+            let found = row.ratio(row.subject, system);
+            let wanted = format!("≤ {most} × {}", system.name());
+            (wanted, found, found.map(|f| f.median <= most))
         }
         Goal::Beyond(most) => {
             let found = row.both(row.subject, System::NoFilter, |a, b| a - b);
