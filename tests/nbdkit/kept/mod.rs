@@ -14,6 +14,7 @@ mod resume;
 mod served;
 mod small;
 mod syncs;
+mod version_1;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;

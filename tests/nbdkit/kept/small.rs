@@ -51,15 +51,20 @@ pub fn recorded(directory: &Path, image: &str) -> String {
         .to_string()
 }
 
-/// What QEMU reads of an image that is in this directory.
+/// What QEMU reads of an image of such a disk that is in this directory.
 pub fn read_by_qemu(directory: &Path, image: &str) -> Vec<u8> {
+    let mut bytes = read_all_by_qemu(directory, image);
+    bytes.truncate(SIZE);
+    bytes
+}
+
+/// What QEMU reads of an image that is in this directory: whole sectors.
+pub fn read_all_by_qemu(directory: &Path, image: &str) -> Vec<u8> {
     let words = [
         "qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, "read.raw",
     ];
     run_in(directory, &words);
-    let mut bytes = fs::read(directory.join("read.raw")).expect("the converted image");
-    bytes.truncate(SIZE);
-    bytes
+    fs::read(directory.join("read.raw")).expect("the converted image")
 }
 
 /// A directory of two disks of one size, and the parameters of a plugin that exports
