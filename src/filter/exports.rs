@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::config::{Config, ScopeKind};
+use crate::base::Base;
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
 use crate::kept::{Kept, KeptStore, Wanted};
@@ -84,15 +85,16 @@ impl Exports {
         Ok(Exports::Kept(kept, Users::default()))
     }
 
-    /// The overlay for a connection to `export`, whose base has `size` bytes. EINVAL if
-    /// it was made for another size, or can't serve this export.
-    pub fn join(&self, export: &CStr, size: u64) -> Result<Member<'_>> {
+    /// The overlay for a connection to `export`, over `base`. EINVAL if it was made for
+    /// another size or another disk, or can't serve this export.
+    pub fn join(&self, export: &CStr, base: &impl Base) -> Result<Member<'_>> {
+        let size = base.size();
         match self {
             Exports::Temporary(temporary) => temporary.join(export, size).map(Member::Temporary),
             Exports::Kept(kept, users) => {
                 kept.expect_fits(size)?;
                 users
-                    .join(export, size, |other| kept.overlay(export, size, other))
+                    .join(export, size, |other| kept.overlay(export, base, other))
                     .map(Member::Kept)
             }
         }

@@ -16,6 +16,7 @@ use std::thread::{self, JoinHandle};
 
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 
+use crate::base::Base;
 use crate::error::Result;
 use crate::overlay::Reclaim;
 use crate::sync::{Mutex, locked};
@@ -85,12 +86,13 @@ impl Filter {
         }
     }
 
-    /// A connection to `export`, whose base has `size` bytes.
-    /// EINVAL if its overlay was made for another size.
-    pub fn connect(&self, export: &CStr, size: u64) -> Result<Connection<'_>> {
+    /// A connection to `export`, over `base`. EINVAL if its overlay was made for another
+    /// size or, where it is kept, for another disk.
+    pub fn connect(&self, export: &CStr, base: &impl Base) -> Result<Connection<'_>> {
+        let size = base.size();
         // The line of nbdkit's own cow filter, letter by letter: programs look for it.
         log::debug!(target: "cow", "underlying file size: {size}");
-        let overlay = self.exports.join(export, size)?;
+        let overlay = self.exports.join(export, base)?;
         Ok(Connection::new(self, overlay))
     }
 

@@ -8,9 +8,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{self, Path, PathBuf};
 
-use super::Kept;
-use crate::error::Result;
-use crate::qcow2::header::{Header, MAX_BACKING_NAME, Mtime};
+use super::{Kept, Served, fingerprint};
+use crate::base::Base;
+use crate::error::{Error, Result};
+use crate::qcow2::header::{Header, MAX_BACKING_NAME, Mtime, Sample};
 use crate::qcow2::layout::SECTOR;
 
 /// What QEMU is to find the base by.
@@ -83,10 +84,14 @@ impl Kept {
                 Path::new(backing.as_os_str()).display()
             )));
         }
-        // The size of the export itself is not known before a client has chosen it.
+        // The size of the export itself is not known before a client has chosen it. It may
+        // be that a filter makes more of a shorter file.
         if let Backing::File(path) = backing {
-            // (What QEMU may have written is not known yet either.)
-            self.expect_made_for(self.size_of(path)?, header.layout.disk_size(), true)?;
+            let (_, size) = self.open_backing(path)?;
+            if size > header.layout.disk_size() {
+                // (What QEMU may have written is not known yet either.)
+                self.expect_made_for(size, header.layout.disk_size(), true)?;
+            }
         }
         let now = recorded_file.as_deref().and_then(mtime_of);
         let was_modified = matches!((header.mtime, now), (Some(then), Some(now)) if then != now);
@@ -163,10 +168,14 @@ impl Kept {
         )))
     }
 
-    pub(super) fn size_of(&self, path: &Path) -> Result<u64> {
+    /// The backing file, and its size.
+    pub(super) fn open_backing(&self, path: &Path) -> Result<(File, u64)> {
         // (A block device has its size at its end.)
         File::open(path)
-            .and_then(|mut file| file.seek(SeekFrom::End(0)))
+            .and_then(|mut file| {
+                let size = file.seek(SeekFrom::End(0))?;
+                Ok((file, size))
+            })
             .map_err(|e| {
                 let path = path.display();
                 self.path
@@ -174,17 +183,94 @@ impl Kept {
             })
     }
 
-    /// What the clients see must be what QEMU will find under the recorded name.
+    /// What the clients see must be what QEMU will find under the recorded name. QEMU
+    /// finds zeroes beyond the end of a shorter file, and nothing of a longer one.
     pub(super) fn expect_size(&self, path: &Path, size: u64) -> Result<()> {
-        let found = self.size_of(path)?;
-        if found == size {
+        let (_, found) = self.open_backing(path)?;
+        if found <= size {
             return Ok(());
         }
-        Err(self.path.refused(format!(
+        self.refuse_size(path, found, size)
+    }
+
+    fn refuse_size<T>(&self, path: &Path, found: u64, size: u64) -> Result<T> {
+        self.path.refuse(format!(
             "the export has {size} bytes, but its backing file {} has {found}: \
              give the name of what is exported with cow-backing=",
             path.display()
-        )))
+        ))
+    }
+
+    /// The fingerprint of `base`. EINVAL if QEMU would find other bytes under the name of
+    /// the backing file than the clients see.
+    pub(super) fn fingerprint_of(&self, base: &impl Base) -> Result<Vec<Sample>> {
+        let size = base.size();
+        let Some(Backing::File(path)) = &self.backing else {
+            return Ok(fingerprint::take(base, size));
+        };
+        let (file, end) = self.open_backing(path)?;
+        let samples = fingerprint::take(base, end);
+        if end < size && samples.last().is_none_or(|last| last.offset < end) {
+            // Zeroes could have been read.
+            return self.refuse_size(path, end, size);
+        }
+        let path = path.display();
+        let read = |buf: &mut [u8], at| {
+            fingerprint::read_continued(&file, buf, at)
+                .map_err(|e| Error::io(e, format!("reading {path}")))
+        };
+        match fingerprint::first_difference(&samples, size, |_| Ok(true), read)? {
+            None => Ok(samples),
+            Some(at) if at < end => self.path.refuse(format!(
+                "a filter below changes what its backing file {path} has at offset {at}: \
+                 give the name of what is served with cow-backing="
+            )),
+            Some(at) => self.path.refuse(format!(
+                "its backing file {path} ends at {end}, but what is served has other bytes \
+                 than zeroes at offset {at}: give the name of what is served with cow-backing="
+            )),
+        }
+    }
+
+    /// Whether `base` is that of the image, as far as its fingerprint tells. EINVAL if it is
+    /// not. When it is taken, and which of it is compared: see [`fingerprint`].
+    pub(super) fn recognise(&self, served: &mut Served, base: &impl Base) -> Result<()> {
+        let Served {
+            overlay, header, ..
+        } = served;
+        if header.fingerprint().is_empty() {
+            return Ok(());
+        }
+        if overlay.is_untouched() || header.samples.is_empty() {
+            let samples = self.fingerprint_of(base)?;
+            if samples != header.samples {
+                header.samples = samples;
+                header.mtime = self.base_mtime();
+                overlay.store().image().record_fingerprint(header)?;
+            }
+            return Ok(());
+        }
+        let is_compared = |range| overlay.is_base(range);
+        let read = |buf: &mut [u8], at| base.read(buf, at);
+        let differs =
+            fingerprint::first_difference(&header.samples, base.size(), is_compared, read)?;
+        let Some(at) = differs else {
+            return Ok(());
+        };
+        self.path.refuse(format!(
+            "what is served is not the disk that it was made for, or that disk was changed: at \
+             offset {at} it has other bytes. Serve that disk as it was. (If it was changed on \
+             purpose: qemu-img convert -O raw {} NEW makes a disk of the two as they are now.)",
+            self.path.path().display()
+        ))
+    }
+
+    /// That of the backing file, where it is one.
+    pub(super) fn base_mtime(&self) -> Option<Mtime> {
+        match &self.backing {
+            Some(Backing::File(path)) => mtime_of(path),
+            _ => None,
+        }
     }
 }
 
@@ -196,7 +282,7 @@ fn is_same_file(a: &Path, b: &Path) -> bool {
 
 /// That of a regular file; the node of a device does not show when the device was
 /// written to.
-pub(super) fn mtime_of(path: &Path) -> Option<Mtime> {
+fn mtime_of(path: &Path) -> Option<Mtime> {
     fs::metadata(path)
         .ok()
         .filter(Metadata::is_file)

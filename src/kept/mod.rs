@@ -6,16 +6,18 @@
 //! for, and how large.
 
 mod backing;
+mod fingerprint;
 mod image_path;
 mod store;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::base::Base;
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
 use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
@@ -25,7 +27,6 @@ use crate::qcow2::image::Image;
 use crate::qcow2::layout::Layout;
 use crate::sparse;
 use crate::sync::{Mutex, MutexGuard, locked};
-use backing::mtime_of;
 pub use backing::{Backing, absolute};
 use image_path::ImagePath;
 pub use store::{KeptStore, resume};
@@ -50,8 +51,18 @@ pub struct Kept {
     block_size: Option<BlockSize>,
     backing: Option<Backing>,
     reclaim: Arc<Reclaim>,
-    /// Held while an image is made, so that none is made twice.
-    overlay: Mutex<Option<Arc<KeptOverlay>>>,
+    /// Held while an image is made, and while its base is looked at, so that each is done
+    /// once.
+    served: Mutex<Option<Served>>,
+}
+
+/// The image, once there is one.
+struct Served {
+    overlay: Arc<KeptOverlay>,
+    /// As the file has it.
+    header: Header,
+    /// The export whose bytes are those of the image's base, as far as its fingerprint tells.
+    recognised: Option<CString>,
 }
 
 impl Kept {
@@ -66,17 +77,17 @@ impl Kept {
             block_size: wanted.block_size,
             backing: wanted.backing,
             reclaim: wanted.reclaim,
-            overlay: Mutex::default(),
+            served: Mutex::default(),
         };
         match kept.path.open() {
-            Ok(file) => kept.overlay = Mutex::new(Some(kept.resume(file)?)),
+            Ok(file) => kept.served = Mutex::new(Some(kept.resume(file)?)),
             Err(e) if e.errno() == libc::ENOENT => kept.expect_makeable()?,
             Err(e) => return Err(e),
         }
         Ok(kept)
     }
 
-    fn resume(&self, file: File) -> Result<Arc<KeptOverlay>> {
+    fn resume(&self, file: File) -> Result<Served> {
         let metadata = file
             .metadata()
             .map_err(|e| self.path.failed(e, "looking at"))?;
@@ -104,7 +115,11 @@ impl Kept {
             layout.disk_size(),
             layout.block_size()
         );
-        Ok(overlay.join(&self.reclaim))
+        Ok(Served {
+            overlay: overlay.join(&self.reclaim),
+            header,
+            recognised: None,
+        })
     }
 
     /// Looks, before nbdkit goes into the background, whether the image will find its
@@ -129,8 +144,9 @@ impl Kept {
             );
         }
         if let Backing::File(path) = backing {
-            // It has to have the size of the export.
-            let layout = Layout::new(self.size_of(path)?, self.block_size_on(&file_system))?;
+            // The export has at least its size.
+            let (_, size) = self.open_backing(path)?;
+            let layout = Layout::new(size, self.block_size_on(&file_system))?;
             self.path.expect_allowed(layout)?;
             tempfile::tempfile_in(self.path.directory())
                 .and_then(|file| file.set_len(layout.end))
@@ -152,35 +168,32 @@ impl Kept {
         if let Some(Backing::File(path)) = &self.backing {
             self.expect_size(path, size)?;
         }
-        let Some(overlay) = &*self.held() else {
+        let Some(Served { overlay, .. }) = &*self.held() else {
             return Ok(());
         };
         let has_content = !overlay.is_untouched() || overlay.store().image().records_export();
         self.expect_made_for(size, overlay.size(), has_content)
     }
 
-    fn present_or_new(&self, size: u64) -> Result<Arc<KeptOverlay>> {
-        let mut held = self.held();
-        Ok(Arc::clone(match &*held {
-            Some(overlay) => overlay,
-            None => held.insert(self.make(size)?),
-        }))
+    fn held(&self) -> MutexGuard<'_, Option<Served>> {
+        locked(&self.served)
     }
 
-    fn held(&self) -> MutexGuard<'_, Option<Arc<KeptOverlay>>> {
-        locked(&self.overlay)
-    }
-
-    /// The overlay for `export`, whose base has `size` bytes, for which the image is fit.
-    /// `other` is another export that uses the image or has written to it. EINVAL if
-    /// there is one, or if the image was made for another export.
+    /// The overlay for `export`, over `base`, for whose size the image is fit. `other` is
+    /// another export that uses the image or has written to it. EINVAL if there is one, or
+    /// if the image was made for another export or another disk.
     pub fn overlay(
         &self,
         export: &CStr,
-        size: u64,
+        base: &impl Base,
         other: Option<&CStr>,
     ) -> Result<Arc<KeptOverlay>> {
-        let overlay = self.present_or_new(size)?;
+        let mut held = self.held();
+        let served = match &mut *held {
+            Some(served) => served,
+            none => none.insert(self.make(export, base)?),
+        };
+        let overlay = &served.overlay;
         if let Some(other) = other {
             return self.path.refuse(format!(
                 "it keeps what is written to export {other:?}, and can't keep export {export:?} too"
@@ -191,12 +204,17 @@ impl Kept {
                 "it keeps what was written to another export than {export:?}"
             ));
         }
-        Ok(overlay)
+        if served.recognised.as_deref() != Some(export) {
+            self.recognise(served, base)?;
+            served.recognised = Some(export.to_owned());
+        }
+        Ok(Arc::clone(&served.overlay))
     }
 
     /// Makes the image under another name, and gives it its own when all of it is
     /// on the disk: a crash leaves either none or a whole one.
-    fn make(&self, size: u64) -> Result<Arc<KeptOverlay>> {
+    fn make(&self, export: &CStr, base: &impl Base) -> Result<Served> {
+        let size = base.size();
         let file_system = self.path.try_file_system()?;
         let block_size = self.block_size_on(&file_system);
         let Some(backing) = &self.backing else {
@@ -204,12 +222,9 @@ impl Kept {
                 .path
                 .refuse("the name of its backing file is not known");
         };
-        let mtime = match backing {
-            Backing::File(path) => mtime_of(path),
-            Backing::Name(_) => None,
-        };
         let layout = Layout::new(size, block_size)?;
-        let header = Header::new(layout, self.recorded_name(backing)?, mtime);
+        let mut header = Header::new(layout, self.recorded_name(backing)?, self.base_mtime());
+        header.samples = self.fingerprint_of(base)?;
         self.path.expect_allowed(header.layout)?;
         let failed = |e| self.path.failed(e, "making");
         let named = tempfile::Builder::new()
@@ -246,12 +261,16 @@ impl Kept {
             return self.resume(self.path.open()?);
         }
         let store = KeptStore::new(image, file_system.can_zero_range);
-        Ok(Overlay::new(size, block_size, store).join(&self.reclaim))
+        Ok(Served {
+            overlay: Overlay::new(size, block_size, store).join(&self.reclaim),
+            header,
+            recognised: Some(export.to_owned()),
+        })
     }
 
     /// Gives back what is left to be given back, and flushes, when all clients are gone.
     pub fn finish(&self) -> Result<()> {
-        let Some(overlay) = &*self.held() else {
+        let Some(Served { overlay, .. }) = &*self.held() else {
             return Ok(());
         };
         self.path

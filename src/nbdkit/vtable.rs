@@ -261,10 +261,11 @@ callback! { plain prepare(
     _readonly: c_int
 ) -> c_int, or -1, {
     // SAFETY: `next` is the one of this callback, and goes no further.
-    let below = unsafe { Next::new(next) }.capabilities()?;
+    let next = unsafe { Next::new(next) };
+    let below = next.capabilities()?;
     // SAFETY: made by `open`, and not closed while this runs.
     let handle = unsafe { &*handle.cast::<Handle>() };
-    let connection = filter()?.connect(&handle.export, below.size())?;
+    let connection = filter()?.connect(&handle.export, &next.with(&below))?;
     handle.ready.get_or_init(|| Ready { connection, below });
     Ok(0)
 } }

@@ -178,6 +178,13 @@ impl<S: Store> Overlay<S> {
         self.map.state(self.block_size.block_of(offset))
     }
 
+    /// Whether all blocks of which `range` has bytes are *base*. EINVAL if it has none, or
+    /// reaches past the disk's end.
+    pub fn is_base(&self, range: ByteRange) -> Result<bool> {
+        let blocks = self.block_size.touched_by(range);
+        Ok(self.map.run(&blocks)? == (State::Base, blocks.end))
+    }
+
     /// Fills `buf` with the disk's bytes at `offset`. With `copy`, whole blocks
     /// of the base are read and saved in the overlay (cow-on-read); that they
     /// can't be saved does not make the read fail.

@@ -4,6 +4,8 @@
 //! what QEMU does not put into an image that it only reads, fills or rebases, is
 //! refused with the name of the field, and where it is.
 
+use std::ops::Range;
+
 use super::layout::{Layout, SECTOR, be_u32, be_u64};
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
@@ -45,6 +47,7 @@ const OURS: u32 = 0x6e62_636f;
 const OURS_LEN: usize = 40 + SAMPLE_LEN * MAX_SAMPLES;
 const FIRST_OURS_LEN: usize = 32;
 /// In the data of ours.
+const MTIME: usize = 8;
 const EXPORT: usize = 24;
 const IN_USE: usize = 32;
 const SAMPLE_COUNT: usize = 36;
@@ -128,6 +131,19 @@ impl Header {
                 at: NEW_OURS_AT + IN_USE as u64,
             }),
             samples: Vec::new(),
+        }
+    }
+
+    /// Where the file has the base's modification time and the samples, and what is to be
+    /// there. None in an image of version 1.0, which has no room for samples.
+    pub fn fingerprint(&self) -> Vec<(u64, Vec<u8>)> {
+        let bytes = self.ours();
+        let ours_at = self.export_at - EXPORT as u64;
+        let parts = [MTIME..EXPORT, SAMPLE_COUNT..OURS_LEN];
+        let part = |part: Range<usize>| (ours_at + part.start as u64, bytes[part].to_vec());
+        match self.in_use {
+            Some(_) => parts.map(part).into(),
+            None => Vec::new(),
         }
     }
 
@@ -407,14 +423,21 @@ fn samples(ours: &[u8]) -> Result<Vec<Sample>> {
             "it is said to have {count} samples of its base, but there are at most {MAX_SAMPLES}"
         )));
     }
+    let disk_size = be_u64(ours, 0);
     let places = ours[SAMPLES..].chunks_exact(SAMPLE_LEN);
-    Ok(places
+    places
         .take(count)
-        .map(|place| Sample {
-            offset: be_u64(place, 0),
-            hash: be_u64(place, 8),
+        .map(|place| {
+            let (offset, hash) = (be_u64(place, 0), be_u64(place, 8));
+            if offset >= disk_size {
+                return Err(refused(format!(
+                    "it is said to have a sample of its base at {offset}, but the disk has \
+                     {disk_size} bytes"
+                )));
+            }
+            Ok(Sample { offset, hash })
         })
-        .collect())
+        .collect()
 }
 
 #[cfg(test)]

@@ -243,6 +243,16 @@ impl<F: ImageFile> Image<F> {
         locked(&self.export).recorded != 0
     }
 
+    /// Records the fingerprint that `header` has. It is safe with the next flush, before
+    /// anything that is written from now on: until then the image is as it was, but for
+    /// its fingerprint.
+    pub fn record_fingerprint(&self, header: &Header) -> Result<()> {
+        for (at, bytes) in header.fingerprint() {
+            self.write_at(&bytes, at)?;
+        }
+        Ok(())
+    }
+
     /// How many flushes wait for the one that is under way, or have yet to wake.
     pub fn flushes_waiting(&self) -> usize {
         locked(&self.commits).waiting

@@ -91,9 +91,15 @@ impl Image {
             ("our nanoseconds", 152, 4),
             ("our flag", 156, 4),
             ("our reserve", 160, 8),
-            ("end type", 168, 4),
-            ("end length", 172, 4),
-            ("backing name", 176, 8),
+            ("our mark", 168, 4),
+            ("our samples", 172, 4),
+            ("our samples", 176, 8),
+            ("our samples", 184, 8),
+            ("our samples", 192, 8),
+            ("our samples", 200, 8),
+            ("end type", 432, 4),
+            ("end length", 436, 4),
+            ("backing name", 440, 8),
         ];
         let (l1, table) = (self.pointer(40), self.pointer(48));
         let (l2, blocks) = (self.pointer(l1), self.pointer(table));
@@ -187,11 +193,13 @@ impl Image {
 
 /// Nobody can tell that these are not as they were. What a bitmap says is what there
 /// is, for QEMU as well; the rest does not touch the disk's content.
-const MAY_BE_RESUMED: [&str; 7] = [
+const MAY_BE_RESUMED: [&str; 9] = [
     "our seconds",
     "our nanoseconds",
     "our flag",
     "our reserve",
+    "our mark",
+    "our samples",
     "end type",
     "refcount of a cluster without data",
     "bitmap",
@@ -220,8 +228,8 @@ fn every_field_of_an_image(block: u64) {
                 continue;
             };
             let kind = match at {
-                _ if at >= blocks && at < l1 && (at - blocks) / 2 > first_data => MAY_BE_RESUMED[5],
-                _ if at >= l2 && at % 16 == 8 => MAY_BE_RESUMED[6],
+                _ if at >= blocks && at < l1 && (at - blocks) / 2 > first_data => MAY_BE_RESUMED[7],
+                _ if at >= l2 && at % 16 == 8 => MAY_BE_RESUMED[8],
                 _ => &name,
             };
             assert!(MAY_BE_RESUMED.contains(&kind), "resumed with {what}");

@@ -134,7 +134,8 @@ fn a_name_need_not_be_utf8() {
 
 #[test]
 fn cow_backing_is_a_path_or_anything_that_qemu_opens() {
-    let base = base();
+    // The disk that the plugin serves.
+    let base = Base::sparse(SIZE as u64, &[(0x40000, &[1]), (0x493df, &[1])]);
     let directory = base.directory();
     let uri = "nbd+unix:///?socket=/some/where/else";
     let long = format!("nbd:unix:{}", "x".repeat(1023 - 9));

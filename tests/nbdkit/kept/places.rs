@@ -133,8 +133,7 @@ fn a_file_that_came_meanwhile_is_left_alone() {
     let directory = base.directory();
     let overlay = directory.join("diff.qcow2");
     let kept = format!("cow-overlay={}", text(&overlay));
-    let backing = format!("cow-backing={}", base.path());
-    let late = Server::start(&["memory", &SIZE.to_string(), &kept, &backing]);
+    let late = Server::start(&["file", base.path(), &kept]);
     assert!(!overlay.exists());
     look(base.path(), text(&overlay));
     let before = Seal::of(&overlay);
