@@ -210,7 +210,8 @@ impl Kept {
         };
         let (file, end) = self.open_backing(path)?;
         let samples = fingerprint::take(base, end);
-        if end < size && samples.last().is_none_or(|last| last.offset < end) {
+        let is_within = |at: u64| fingerprint::range_at(at, size).end <= end;
+        if end < size && samples.last().is_none_or(|last| is_within(last.offset)) {
             // Zeroes could have been read.
             return self.refuse_size(path, end, size);
         }
@@ -221,13 +222,14 @@ impl Kept {
         };
         match fingerprint::first_difference(&samples, size, |_| Ok(true), read)? {
             None => Ok(samples),
-            Some(at) if at < end => self.path.refuse(format!(
+            Some(at) if is_within(at) => self.path.refuse(format!(
                 "a filter below changes what its backing file {path} has at offset {at}: \
                  give the name of what is served with cow-backing="
             )),
             Some(at) => self.path.refuse(format!(
-                "its backing file {path} ends at {end}, but what is served has other bytes \
-                 than zeroes at offset {at}: give the name of what is served with cow-backing="
+                "its backing file {path} has {end} bytes, but what is served is not those and \
+                 zeroes behind them: it has others at offset {at}: give the name of what is \
+                 served with cow-backing="
             )),
         }
     }

@@ -83,7 +83,7 @@ fn places(disk_size: u64, base_end: u64) -> Vec<u64> {
 }
 
 /// The bytes of the sample at `offset`, which lies within the disk.
-fn range_at(offset: u64, disk_size: u64) -> ByteRange {
+pub fn range_at(offset: u64, disk_size: u64) -> ByteRange {
     ByteRange {
         start: offset,
         end: disk_size.min(offset.saturating_add(LEN)),

@@ -3,9 +3,11 @@
 
 mod conflicts;
 mod damage;
+mod fingerprints;
 mod first_client;
 mod full;
 mod images;
+mod larger;
 mod locks;
 mod names;
 mod places;
