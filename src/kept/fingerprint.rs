@@ -16,8 +16,8 @@
 //!
 //! # When they are compared
 //!
-//! At the first connection of a run. A sample is left out unless all of it lies in blocks
-//! that are *base*, since of the others
+//! At the first connection of a run, before anything is served. A sample is left out unless
+//! all of it lies in blocks that are *base*, since of the others
 //!
 //! - the clients see nothing of the base, so it does no harm that it is another;
 //! - the base may have changed with good reason: `qemu-img commit -d` writes to it what
@@ -90,7 +90,7 @@ pub fn range_at(offset: u64, disk_size: u64) -> ByteRange {
     }
 }
 
-/// Reads the bytes of a sample. `None`: they can't be read.
+/// The hash of what `read` gives. `None`: it can't be read.
 fn hash_of(range: ByteRange, read: impl FnOnce(&mut [u8], u64) -> Result<()>) -> Option<u64> {
     let mut bytes = [0; LEN as usize];
     let bytes = &mut bytes[range.in_buffer(range.start)];

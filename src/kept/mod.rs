@@ -10,7 +10,7 @@ mod fingerprint;
 mod image_path;
 mod store;
 
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -51,8 +51,7 @@ pub struct Kept {
     block_size: Option<BlockSize>,
     backing: Option<Backing>,
     reclaim: Arc<Reclaim>,
-    /// Held while an image is made, and while its base is looked at, so that each is done
-    /// once.
+    /// Held while an image is made or its base is looked at, so that none is made twice.
     served: Mutex<Option<Served>>,
 }
 
@@ -61,8 +60,6 @@ struct Served {
     overlay: Arc<KeptOverlay>,
     /// As the file has it.
     header: Header,
-    /// The export whose bytes are those of the image's base, as far as its fingerprint tells.
-    recognised: Option<CString>,
 }
 
 impl Kept {
@@ -118,7 +115,6 @@ impl Kept {
         Ok(Served {
             overlay: overlay.join(&self.reclaim),
             header,
-            recognised: None,
         })
     }
 
@@ -189,9 +185,10 @@ impl Kept {
         other: Option<&CStr>,
     ) -> Result<Arc<KeptOverlay>> {
         let mut held = self.held();
+        let was_there = held.is_some();
         let served = match &mut *held {
             Some(served) => served,
-            none => none.insert(self.make(export, base)?),
+            none => none.insert(self.make(base)?),
         };
         let overlay = &served.overlay;
         if let Some(other) = other {
@@ -204,16 +201,15 @@ impl Kept {
                 "it keeps what was written to another export than {export:?}"
             ));
         }
-        if served.recognised.as_deref() != Some(export) {
+        if was_there {
             self.recognise(served, base)?;
-            served.recognised = Some(export.to_owned());
         }
         Ok(Arc::clone(&served.overlay))
     }
 
     /// Makes the image under another name, and gives it its own when all of it is
     /// on the disk: a crash leaves either none or a whole one.
-    fn make(&self, export: &CStr, base: &impl Base) -> Result<Served> {
+    fn make(&self, base: &impl Base) -> Result<Served> {
         let size = base.size();
         let file_system = self.path.try_file_system()?;
         let block_size = self.block_size_on(&file_system);
@@ -264,7 +260,6 @@ impl Kept {
         Ok(Served {
             overlay: Overlay::new(size, block_size, store).join(&self.reclaim),
             header,
-            recognised: Some(export.to_owned()),
         })
     }
 

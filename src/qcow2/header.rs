@@ -561,6 +561,34 @@ mod tests {
     }
 
     #[test]
+    fn a_sample_beyond_the_end_of_the_disk_is_refused() {
+        let mut header = header(10 << 20, 4096);
+        for (offset, is_good) in [((10 << 20) - 1, true), (10 << 20, false), (u64::MAX, false)] {
+            header.samples = vec![Sample { offset, hash: 1 }];
+            let bytes = padded(&header);
+            assert_eq!(Header::from_bytes(&bytes).is_ok(), is_good, "{offset}");
+            assert!(is_good || refusal(&bytes).contains("sample"));
+        }
+    }
+
+    #[test]
+    fn a_fingerprint_that_is_recorded_is_read() {
+        let mut new = header(10 << 20, 4096);
+        let mut bytes = padded(&new);
+        new.mtime = None;
+        new.samples = vec![Sample {
+            offset: 4096,
+            hash: 5,
+        }];
+        for (at, part) in new.fingerprint() {
+            bytes[at as usize..][..part.len()].copy_from_slice(&part);
+        }
+        assert_eq!(Header::from_bytes(&bytes).expect("ours"), new);
+        new.in_use = None;
+        assert!(new.fingerprint().is_empty(), "no room in version 1.0");
+    }
+
+    #[test]
     fn truncated_headers_are_refused() {
         let good = padded(&header(10 << 20, 4096));
         let end = header(10 << 20, 4096).to_bytes().len();

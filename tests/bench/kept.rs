@@ -38,6 +38,7 @@ pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
     for place in [MEMORY, DISK] {
         rows.push(move_home(place, effort)?);
     }
+    rows.extend(first_connection(effort)?);
     Ok(rows)
 }
 
@@ -235,6 +236,48 @@ fn copy_and_sync(from: &Path, to: &Path) -> Result<Duration, String> {
         .and_then(|file| file.sync_all())
         .map_err(|error| format!("syncing the copy: {error}"))?;
     Ok(start.elapsed())
+}
+
+/// What it takes to know the base by its samples, which are read one after the other. An
+/// overlay that is temporary has none.
+fn first_connection(effort: &Effort) -> Result<Vec<Row>, String> {
+    let scratch = scratch(MEMORY)?;
+    let place = scratch.path();
+    let disk = place.join("disk.img");
+    sparse(&disk, 1 << 40)?;
+    let image = place.join("diff.qcow2");
+    let made = Setup::disk(&disk).resuming(&image);
+    let server = made.start(System::Kept, place)?;
+    let data = [0x5a; BLOCK as usize];
+    let write = Request::Write {
+        offset: BLOCK,
+        data: &data,
+    };
+    let written = server.client()?.all([write].into_iter(), 1);
+    written.map_err(|error| format!("an image: {error}"))?;
+    server.stop();
+
+    let slow = Setup::disk(&disk).slow();
+    let rows = [
+        ("kept-made-slow", "a new image", slow.clone()),
+        (
+            "kept-resume-slow",
+            "an image that was written to",
+            slow.resuming(&image),
+        ),
+    ];
+    let cells = rows.map(|(id, what, setup)| Cell {
+        id: id.into(),
+        title: format!("start-up with {what}, 1T disk, each read of which takes 5 ms"),
+        kind: Kind::Amount("ms"),
+        rounds: effort.rounds,
+        systems: vec![System::Kept, System::Ours],
+        measure: Box::new(move |system| {
+            let server = setup.start(system, place)?;
+            Ok(server.start_up.as_secs_f64() * 1e3)
+        }),
+    });
+    Ok(runner::run(cells.into()))
 }
 
 /// Makes an image as nbdkit would leave it after writing to 1 % of the disk, but for

@@ -309,7 +309,6 @@ fn what_can_not_be_read_is_left_out() {
     server.stop();
     assert_eq!(sample_count(&pair.image()), taken + 2);
     pair.put(&[0; 4096], 64 * K);
-    bad().stop();
     let server = bad();
     server.nbdsh("same(h.pread(4, 16 * K), b'mine')");
     server.stop();

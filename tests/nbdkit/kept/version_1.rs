@@ -13,7 +13,7 @@ use std::path::Path;
 
 use super::small::{read_all_by_qemu, serve};
 use super::{attempt, check, text};
-use crate::harness::{Base, run};
+use crate::harness::{Base, noise, run};
 
 const M: usize = 1 << 20;
 
@@ -88,6 +88,24 @@ fn a_crash_in_a_flush() {
         disk_size: M,
         written: vec![(100_000, 5000, 7)],
     });
+}
+
+/// These have no fingerprint of their base: any disk of the size is taken for it.
+#[test]
+fn no_base_is_taken_for_another() {
+    let base = Base::make(|path| {
+        fs::write(path, noise(1, 5 * M)).unwrap();
+        run(&["touch", "-d", MODIFIED, text(path)]);
+    });
+    let overlay = base.directory().join("diff.qcow2");
+    unpack(include_str!("version-1/blocks-of-4096.txt"), &overlay);
+    read_all_by_qemu(base.directory(), "diff.qcow2");
+    let server = serve(base.path(), text(&overlay));
+    let read_by_qemu = base.directory().join("read.raw");
+    let compare = "same(read(h), open(ARGS[0], 'rb').read())";
+    server.nbdsh_with(&[text(&read_by_qemu)], compare);
+    assert_eq!(server.stop_and_tell(), "");
+    assert_eq!(extension_len(&overlay), EXTENSION_LEN);
 }
 
 /// Every byte is right, for us and for QEMU, before and after more was written.
