@@ -6,6 +6,7 @@
 //! for, and how large.
 
 mod backing;
+mod base_lock;
 mod fingerprint;
 mod image_path;
 mod store;
@@ -51,6 +52,8 @@ pub struct Kept {
     block_size: Option<BlockSize>,
     backing: Option<Backing>,
     reclaim: Arc<Reclaim>,
+    /// The base, locked while this is there.
+    _base_lock: Option<File>,
     /// Held while an image is made or its base is looked at, so that none is made twice.
     served: Mutex<Option<Served>>,
 }
@@ -74,6 +77,7 @@ impl Kept {
             block_size: wanted.block_size,
             backing: wanted.backing,
             reclaim: wanted.reclaim,
+            _base_lock: None,
             served: Mutex::default(),
         };
         match kept.path.open() {
@@ -81,6 +85,7 @@ impl Kept {
             Err(e) if e.errno() == libc::ENOENT => kept.expect_makeable()?,
             Err(e) => return Err(e),
         }
+        kept._base_lock = kept.lock_base()?;
         Ok(kept)
     }
 

@@ -140,11 +140,11 @@ fn what_is_read_while_it_is_served_is_flushed_or_newer() {
     server.stop();
 }
 
-struct Holder(Child);
+pub struct Holder(Child);
 
 impl Holder {
-    /// Starts a program, and waits until it has its locks on the image.
-    fn start(words: &[&str]) -> Holder {
+    /// Starts a program, and waits until it has its locks on a file: so many ranges.
+    pub fn start(words: &[&str], ranges: usize) -> Holder {
         let mut holder = command(words[0]);
         holder
             .args(&words[1..])
@@ -160,14 +160,13 @@ impl Holder {
                     .filter(|line| line.starts_with("lock:"))
                     .count()
             };
-            // What it has and what it does not share, of which writing is one.
-            texts.map(locks).any(|count| count >= 3)
+            texts.map(locks).any(|count| count >= ranges)
         };
         assert!(eventually(LIMIT, has_locks), "{words:?} locks nothing");
         holder
     }
 
-    fn stop(mut self) {
+    pub fn stop(mut self) {
         kill_group(&mut self.0);
         assert!(wait(&mut self.0, LIMIT).is_some(), "a program does not end");
     }
@@ -197,7 +196,8 @@ fn nbdkit_is_refused_while_qemu_has_the_image() {
         ][..],
         &["qemu-io", "-f", "qcow2", text(&overlay)],
     ] {
-        let holder = Holder::start(words);
+        // What it has and what it does not share, of which writing is one.
+        let holder = Holder::start(words, 3);
         assert_in_use(&disk);
         holder.stop();
         let server = disk.serve();

@@ -1,6 +1,7 @@
 //! The overlay that is kept, as a user has it: real nbdkit, real clients, and
 //! QEMU's own tools to say whether the image is what it should be.
 
+mod base_lock;
 mod conflicts;
 mod damage;
 mod fingerprints;
