@@ -1,6 +1,6 @@
 //! Where an image is, or is to be: its path, its directory, and the lock on it.
 
-use std::fs::{self, File, Metadata};
+use std::fs::File;
 use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -10,6 +10,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use crate::error::{Error, Result};
 use crate::file_system::{FileSystem, can_zero_range};
 use crate::overlay_file::OverlayFile;
+use crate::qcow2::file::is_at;
 use crate::qcow2::layout::Layout;
 use crate::qcow2::lock::lock_for_writing;
 
@@ -44,13 +45,30 @@ impl ImagePath {
 
     /// Whether who opens the path gets `file`.
     pub fn leads_to(&self, file: &File) -> Result<bool> {
-        let identity = |about: Metadata| (about.dev(), about.ino());
-        let [named, opened] = [fs::metadata(self.path()), file.metadata()].map(|about| {
-            about
-                .map(identity)
-                .map_err(|e| self.failed(e, "looking at"))
-        });
-        Ok(named? == opened?)
+        is_at(file, self.path()).map_err(|e| self.failed(e, "looking at"))
+    }
+
+    /// Its directory, which has to be synced when the image gets its name: opened before
+    /// there is an image, because there are directories that can be written to and not
+    /// read.
+    pub fn open_directory(&self) -> Result<File> {
+        let directory = self.directory();
+        File::open(directory).map_err(|e| {
+            let operation = format!("opening {} (to sync it) for", directory.display());
+            self.failed(e, &operation)
+        })
+    }
+
+    /// To be asked when `file` is locked: another may have been put in its place since it
+    /// was opened, and one who opens that finds no lock on it.
+    pub fn expect_leads_to(&self, file: &File) -> Result<()> {
+        if self.leads_to(file)? {
+            return Ok(());
+        }
+        Err(self.refused_with(
+            libc::EBUSY,
+            "another file was put in its place while it was opened: start nbdkit again",
+        ))
     }
 
     /// Locks `file` as QEMU does, so that no other program writes to it.

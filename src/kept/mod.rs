@@ -97,6 +97,7 @@ impl Kept {
             return self.path.refuse("it is no regular file");
         }
         self.path.lock(&file)?;
+        self.path.expect_leads_to(&file)?;
         let (image, header) = Image::open(file, self.path.path())?;
         let layout = header.layout;
         if self
@@ -138,6 +139,7 @@ impl Kept {
         };
         self.recorded_name(backing)?;
         let file_system = self.path.try_file_system()?;
+        self.path.open_directory()?;
         if !file_system.known_sparse {
             log::warn!(
                 "cow-overlay={}: {NOT_KNOWN_SPARSE}",
@@ -227,6 +229,7 @@ impl Kept {
         let mut header = Header::new(layout, self.recorded_name(backing)?, self.base_mtime());
         header.samples = self.fingerprint_of(base)?;
         self.path.expect_allowed(header.layout)?;
+        let directory = self.path.open_directory()?;
         let failed = |e| self.path.failed(e, "making");
         let named = tempfile::Builder::new()
             .prefix(".cow-overlay-")
@@ -247,8 +250,8 @@ impl Kept {
                 io::ErrorKind::AlreadyExists => self.path.was_made_meanwhile(),
                 _ => failed(e.error),
             })?;
-        File::open(self.path.directory())
-            .and_then(|directory| directory.sync_all())
+        directory
+            .sync_all()
             .map_err(|e| self.path.failed(e, "syncing the directory of"))?;
         log::debug!(
             "cow-overlay={}: made for a disk of {size} bytes in blocks of {block_size}",
@@ -259,7 +262,10 @@ impl Kept {
             // file. The one that is open has then lost its only name, and a lock on it
             // would keep nobody out.
             drop(image);
-            return self.resume(self.path.open()?);
+            let served = self.resume(self.path.open()?)?;
+            // (Or it is another one, put there by another program.)
+            self.expect_made_for(size, served.overlay.size(), true)?;
+            return Ok(served);
         }
         let store = KeptStore::new(image, file_system.can_zero_range);
         Ok(Served {

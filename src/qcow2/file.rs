@@ -1,9 +1,10 @@
 //! What an image is written to. A trait, so that tests can record every write
 //! and sync, or make one fail, and look at each file that a crash could leave.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 
 use crate::sparse;
 
@@ -43,6 +44,12 @@ pub trait ImageFile: Send + Sync {
 
     /// Makes zeroes that take space, without writing them. `false` as for `punch`.
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<bool>;
+}
+
+/// Whether who opens `path` gets `file`.
+pub fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let identity = |about: Metadata| (about.dev(), about.ino());
+    Ok(identity(fs::metadata(path)?) == identity(file.metadata()?))
 }
 
 impl ImageFile for File {

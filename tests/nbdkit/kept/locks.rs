@@ -5,8 +5,8 @@ use std::process::{Child, Stdio};
 
 use super::small::{SIZE, base, serve};
 use super::{Disk, Seal, assert_says, attempt, compare, text};
-use crate::harness::command::{LIMIT, command, eventually, kill_group, spawn, wait};
-use crate::harness::{Setup, noise, run};
+use crate::harness::command::{LIMIT, command, eventually, kill_group, signal, spawn, wait};
+use crate::harness::{Setup, noise, run, scratch};
 
 fn disk() -> Disk {
     let disk = Disk::new((3 << 20) + 512, 4096);
@@ -204,6 +204,99 @@ fn nbdkit_is_refused_while_qemu_has_the_image() {
         disk.client(&server, 5, "disk.check()");
         server.stop();
     }
+}
+
+/// Who opens that one finds no lock on it, and writes to it as well.
+#[test]
+fn a_file_that_is_put_in_the_place_of_the_image_before_it_is_locked_is_not_passed_by() {
+    let disk = disk();
+    let (overlay, directory) = (disk.overlay(), disk.base.directory());
+    let [other, old] = ["other", "old"].map(|name| directory.join(name));
+    fs::copy(&overlay, &other).unwrap();
+    let [before, other_before] = [&overlay, &other].map(|path| Seal::of(path));
+    let plugin = disk.plugin(&[]);
+    let plugin: Vec<_> = plugin.iter().map(String::as_str).collect();
+    // It is stopped at its first call for a lock on the image.
+    let log = directory.join("strace");
+    let setup = Setup::new().under(&[
+        "strace",
+        "-D",
+        "-o",
+        text(&log),
+        "-P",
+        text(&overlay),
+        "-e",
+        "trace=fcntl",
+        "-e",
+        "inject=fcntl:signal=SIGSTOP:when=1",
+    ]);
+    let scratch = scratch();
+    let mut nbdkit = setup.command(&plugin, scratch.path(), |nbdkit| {
+        nbdkit.args(["-U", "-", "--run", "true"]);
+    });
+    let stderr = scratch.path().join("stderr");
+    nbdkit.stderr(fs::File::create(&stderr).unwrap());
+    let mut child = spawn(&mut nbdkit);
+    let is_stopped =
+        || fs::read_to_string(&log).is_ok_and(|log| log.contains("stopped by SIGSTOP"));
+    assert!(eventually(LIMIT, is_stopped), "nbdkit asks for no lock");
+    fs::rename(&overlay, &old).unwrap();
+    fs::rename(&other, &overlay).unwrap();
+    signal(child.id(), libc::SIGCONT);
+    let ended = wait(&mut child, LIMIT);
+    kill_group(&mut child);
+    assert_eq!(ended.and_then(|status| status.code()), Some(1));
+    let said = fs::read_to_string(&stderr).unwrap();
+    assert_says(
+        &said,
+        &[text(&overlay), "another file was put in its place"],
+    );
+    assert_eq!(Seal::of(&old), before);
+    assert_eq!(Seal::of(&overlay), other_before);
+}
+
+/// One of another size, though it has a base of the same name.
+#[test]
+fn a_file_that_is_put_in_the_place_of_a_new_image_is_looked_at_as_any_other() {
+    let directory = scratch();
+    let [overlay, other] = ["diff.qcow2", "other"].map(|name| directory.path().join(name));
+    let backing = "cow-backing=nbd:localhost:1";
+    let kept = |path| format!("cow-overlay={}", text(path));
+    let server = Setup::new().start(&["memory", "2M", &kept(&other), backing]);
+    run(&["nbdinfo", "--size", &server.uri()]);
+    server.stop();
+    let before = Seal::of(&other);
+
+    // Stopped when the new one has got its name.
+    let files = scratch();
+    let log = files.path().join("strace");
+    let server = Setup::new()
+        .under(&[
+            "strace",
+            "-D",
+            "-f",
+            "-o",
+            text(&log),
+            "-P",
+            text(directory.path()),
+            "-e",
+            "trace=fsync",
+            "-e",
+            "inject=fsync:signal=SIGSTOP:when=1",
+        ])
+        .start(&["memory", "1M", &kept(&overlay), backing]);
+    let mut client = spawn(&mut server.script("refused('ENOENT', connect)"));
+    let is_stopped =
+        || fs::read_to_string(&log).is_ok_and(|log| log.contains("stopped by SIGSTOP"));
+    assert!(eventually(LIMIT, is_stopped), "the directory is not synced");
+    fs::rename(&other, &overlay).unwrap();
+    signal(server.pid(), libc::SIGCONT);
+    let ended = wait(&mut client, LIMIT);
+    kill_group(&mut client);
+    assert!(ended.is_some_and(|status| status.success()), "{ended:?}");
+    let words = [text(&overlay), "2097152", "1048576"];
+    assert_says(&server.stop_and_tell(), &words);
+    assert_eq!(Seal::of(&overlay), before);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Where the image is made, and over what it is never made.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 
 use super::small::{SIZE, base, expected, look, read_by_qemu, serve, write_through};
 use super::{Seal, assert_refused, assert_says, check, text};
@@ -267,6 +267,42 @@ fn the_user_of_minus_u_makes_the_image_and_need_not_own_one_that_exists() {
     let made = as_nobody("nbdinfo --size $uri");
     assert!(made.status.success(), "{}", made.stderr);
     assert_ne!(fs::metadata(&overlay).unwrap().uid(), 0);
+    check(&overlay);
+}
+
+/// A new name in it could not be made safe.
+#[test]
+fn a_directory_that_can_be_written_to_and_not_read_gets_no_image() {
+    let base = base();
+    let directory = scratch();
+    let place = directory.path();
+    let overlay = place.join("diff.qcow2");
+    let kept = format!("cow-overlay={}", text(&overlay));
+    let plugin = ["file", base.path(), &kept];
+    let allow = |mode| fs::set_permissions(place, fs::Permissions::from_mode(mode)).unwrap();
+    let left = || fs::read_dir(place).unwrap().count();
+    allow(0o300);
+    // Without the right to pass over permissions: root is a user as all are.
+    let as_a_user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"];
+    let error = Setup::new().under(&as_a_user).error(&plugin);
+    let words = [text(place), text(&overlay), "Permission denied", "sync"];
+    assert_says(&error, &words);
+    assert_eq!(left(), 0);
+    // As the one who nbdkit becomes.
+    let nobody = 65534;
+    chown(place, Some(nobody), Some(nobody)).unwrap();
+    let as_nobody = || {
+        Setup::new()
+            .option("-unobody")
+            .run(&plugin, "nbdinfo --size $uri")
+    };
+    let refused = as_nobody();
+    assert!(!refused.status.success(), "{}", refused.stdout);
+    assert_says(&refused.stderr, &words);
+    assert_eq!(left(), 0);
+    allow(0o700);
+    let made = as_nobody();
+    assert!(made.status.success(), "{}", made.stderr);
     check(&overlay);
 }
 
