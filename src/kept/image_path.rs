@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::ops::Deref;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -81,22 +80,6 @@ impl ImagePath {
             )),
             Err(e) => Err(self.failed(e, "locking")),
         }
-    }
-
-    /// An error if `file` has no name any more: it will be gone with this process.
-    /// (Another name is as good: it may have been moved.)
-    pub fn expect_still_there(&self, file: &File) -> Result<()> {
-        let about = file.metadata();
-        if about.map_err(|e| self.failed(e, "looking at"))?.nlink() > 0 {
-            return Ok(());
-        }
-        Err(Error::new(
-            libc::ENOENT,
-            format!(
-                "{} was removed while it was served: what was written to it is lost",
-                self.path().display()
-            ),
-        ))
     }
 
     /// Finds out what the file system of the image can do.

@@ -279,8 +279,7 @@ impl Kept {
         let Some(Served { overlay, .. }) = &*self.held() else {
             return Ok(());
         };
-        self.path
-            .expect_still_there(overlay.store().image().file())?;
+        overlay.store().image().expect_named()?;
         // First what clients have written: it can take minutes to give back space, and
         // whoever stops nbdkit may not wait so long.
         let flushed = overlay.flush();

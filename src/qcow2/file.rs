@@ -12,6 +12,11 @@ use crate::sparse;
 pub trait ImageFile: Send + Sync {
     fn size(&self) -> io::Result<u64>;
 
+    /// Whether it can be found again, by whatever name. `path` is one that it had.
+    fn has_name(&self, _path: &Path) -> io::Result<bool> {
+        Ok(true)
+    }
+
     /// Makes it longer; what is new is a hole.
     fn set_size(&self, size: u64) -> io::Result<()>;
 
@@ -55,6 +60,11 @@ pub fn is_at(file: &File, path: &Path) -> io::Result<bool> {
 impl ImageFile for File {
     fn size(&self) -> io::Result<u64> {
         self.metadata().map(|metadata| metadata.len())
+    }
+
+    fn has_name(&self, path: &Path) -> io::Result<bool> {
+        // Some file systems in user space count no names.
+        Ok(self.metadata()?.nlink() > 0 || is_at(self, path).unwrap_or(false))
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {

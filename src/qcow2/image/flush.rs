@@ -126,6 +126,7 @@ impl<F: ImageFile> Image<F> {
                 ),
             ));
         }
+        self.expect_named()?;
         self.expect_whole(&mut writer)?;
         self.give_up_leaks(&mut writer, word)?;
         let mut marks = ClusterSet::new();
@@ -159,6 +160,18 @@ impl<F: ImageFile> Image<F> {
             }
         }
         Ok(())
+    }
+
+    /// An error if the file has no name any more: it will be gone with this process, and a
+    /// name does not come back. (Another name is as good: it may have been moved.)
+    pub fn expect_named(&self) -> Result<()> {
+        let has_name = self.file.has_name(self.name.path());
+        if has_name.map_err(|e| self.name.failed(e, "looking at"))? {
+            return Ok(());
+        }
+        let what = "was removed while it was served: what is written to it will be lost \
+                    when nbdkit ends";
+        Err(Error::new(libc::EIO, format!("{} {what}", self.name)))
     }
 
     /// Somebody who does not heed locks may have cut the file, and tables with it.

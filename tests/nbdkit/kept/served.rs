@@ -155,6 +155,38 @@ fn an_image_that_was_removed_is_missed_at_the_end_and_one_that_was_moved_is_not(
     assert_says(&said, &[text(&overlay), "was removed", "lost"]);
 }
 
+/// Nothing that is written to it is there when nbdkit has ended. As long as it has a name
+/// somewhere it is.
+#[test]
+fn nothing_is_safe_in_an_image_that_has_no_name_any_more() {
+    let base = base();
+    let overlay = base.directory().join("diff.qcow2");
+    let [moved, link] = ["moved.qcow2", "link.qcow2"].map(|name| base.directory().join(name));
+    let server = serve(base.path(), text(&overlay));
+    let flush = "h.pwrite(b'x' * 512, 0, FUA); h.flush()";
+    server.nbdsh(flush);
+    fs::rename(&overlay, &moved).unwrap();
+    server.nbdsh(flush);
+    fs::hard_link(&moved, &link).unwrap();
+    fs::remove_file(&moved).unwrap();
+    server.nbdsh(flush);
+    fs::remove_file(&link).unwrap();
+    // Another file by that name is not the one that is served.
+    fs::write(&overlay, "").unwrap();
+    server.nbdsh(
+        r#"
+        for _ in range(2):
+            refused("EIO", h.flush)
+            refused("EIO", h.pwrite, b"y" * 512, 0, FUA)
+            refused("EIO", connect().flush)
+        h.pwrite(b"z" * 512, 0)
+        same(h.pread(512, 0), b"z" * 512)
+        "#,
+    );
+    let said = server.stop_and_tell();
+    assert_says(&said, &[text(&overlay), "was removed", "will be lost"]);
+}
+
 #[test]
 fn an_image_that_was_cut_while_it_is_served_makes_flushes_fail() {
     let base = base();
