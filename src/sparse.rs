@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
 /// Writes all of `buf` at `offset`, and nothing but `buf` has to be safe from power
 /// loss when this returns. An error may be that of a sync.
@@ -85,6 +85,21 @@ fn change_space(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io
             Err(errno) => return Err(errno.into()),
         }
     }
+}
+
+/// Has what is read of `file` from now on come from the disk, and not from the page cache,
+/// which shows also what could not be written. It is synced first, because what is still
+/// to be written stays in the page cache.
+pub fn drop_cached(file: &File) -> io::Result<()> {
+    file.sync_all()?;
+    let (from_start, to_end) = (0, 0);
+    posix_fadvise(
+        file,
+        from_start,
+        to_end,
+        PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+    )?;
+    Ok(())
 }
 
 /// As the system calls want it.

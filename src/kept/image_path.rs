@@ -12,6 +12,7 @@ use crate::overlay_file::OverlayFile;
 use crate::qcow2::file::is_at;
 use crate::qcow2::layout::Layout;
 use crate::qcow2::lock::lock_for_writing;
+use crate::sparse;
 
 /// An image's path, which is absolute.
 pub struct ImagePath(OverlayFile);
@@ -80,6 +81,21 @@ impl ImagePath {
             )),
             Err(e) => Err(self.failed(e, "locking")),
         }
+    }
+
+    /// Has what is read of `file` come from the disk, whatever of it was lost on the way
+    /// there.
+    pub fn drop_cached(&self, file: &File) -> Result<()> {
+        sparse::drop_cached(file).map_err(|e| {
+            let e = Error::io(e, "syncing it");
+            self.refused_with(
+                e.errno(),
+                format!(
+                    "what was written to it last can't be made safe ({e}): \
+                     start nbdkit again when its file system works"
+                ),
+            )
+        })
     }
 
     /// Finds out what the file system of the image can do.

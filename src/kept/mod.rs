@@ -98,6 +98,10 @@ impl Kept {
         }
         self.path.lock(&file)?;
         self.path.expect_leads_to(&file)?;
+        // Before anything is read that counts. (What this itself has read goes with it.)
+        if !Image::has_ended_well(&file, self.path.path()) {
+            self.path.drop_cached(&file)?;
+        }
         let (image, header) = Image::open(file, self.path.path())?;
         let layout = header.layout;
         if self
@@ -112,6 +116,13 @@ impl Kept {
         self.check_backing(&header)?;
         self.path.expect_allowed(layout)?;
         let overlay = resume(image, self.path.can_zero_range())?;
+        if header.in_use.is_some_and(|in_use| in_use.is_set) {
+            log::warn!(
+                "the last run of nbdkit with cow-overlay={} did not end well: \
+                 what was written in it and not flushed may be lost",
+                self.path.path().display()
+            );
+        }
         log::debug!(
             "cow-overlay={}: goes on with a disk of {} bytes in blocks of {}",
             self.path.path().display(),
@@ -279,7 +290,8 @@ impl Kept {
         let Some(Served { overlay, .. }) = &*self.held() else {
             return Ok(());
         };
-        overlay.store().image().expect_named()?;
+        let image = overlay.store().image();
+        image.expect_named()?;
         // First what clients have written: it can take minutes to give back space, and
         // whoever stops nbdkit may not wait so long.
         let flushed = overlay.flush();
@@ -292,6 +304,7 @@ impl Kept {
                     self.path.path().display()
                 ),
             )
-        })
+        })?;
+        image.end_run()
     }
 }

@@ -61,14 +61,14 @@ impl<F: ImageFile> Store for KeptStore<F> {
     fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
         let len = buf.len() as u64;
         self.image
-            .file()
+            .changing()?
             .write_at(buf, self.host(offset, len)?)
             .map_err(|e| self.write_failed(e, "writing to", offset, len))
     }
 
     fn punch(&self, range: ByteRange) -> Result<bool> {
         self.image
-            .file()
+            .changing()?
             .punch(self.host(range.start, range.len())?, range.len())
             .map_err(|e| self.write_failed(e, "punching a hole in", range.start, range.len()))
     }
@@ -78,7 +78,7 @@ impl<F: ImageFile> Store for KeptStore<F> {
             return Ok(false);
         }
         self.image
-            .file()
+            .changing()?
             .zero_range(self.host(range.start, range.len())?, range.len())
             .map_err(|e| self.write_failed(e, "zeroing", range.start, range.len()))
     }

@@ -176,8 +176,7 @@ impl<F: ImageFile> Image<F> {
 
     /// Somebody who does not heed locks may have cut the file, and tables with it.
     fn expect_whole(&self, writer: &mut Writer) -> Result<()> {
-        let len = self.file.size();
-        let len = len.map_err(|e| self.name.failed(e, "asking the length of"))?;
+        let len = Self::len_of(&self.file, &self.name)?;
         if len >= self.layout.end {
             return Ok(());
         }

@@ -40,6 +40,9 @@
 //! covered too: whoever brought the block there marked it in the same hold, and
 //! a flush that is asked for later fetches that mark (or an earlier flush has).
 //!
+//! Before any of it, and before a client's bytes are written, the [mark of the
+//! run](mark) is safe.
+//!
 //! # Locks
 //!
 //! `commits` (with its condition variable) decides who flushes and is held for
@@ -48,10 +51,12 @@
 //! changes, which takes no lock, and nothing else is taken under it. A shard of
 //! `reserved`, `unreserved` and `described` are taken in this order, for moments, and nothing
 //! else is taken under them. Who changes blocks takes their stripe before a shard, a
-//! flush takes no stripe.
+//! flush takes no stripe. That of the mark is held while the mark is written, and nothing
+//! is taken under it.
 
 mod flush;
 mod load;
+mod mark;
 mod space;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -66,6 +71,7 @@ use super::layout::Layout;
 use crate::error::Result;
 use crate::overlay_file::OverlayFile;
 use crate::sync::{Condvar, Mutex, locked};
+use mark::Mark;
 
 /// Changes are kept for so many clusters together, 1 KiB of L2 entries: a leaf
 /// of the block map.
@@ -84,6 +90,7 @@ pub struct Image<F> {
     file: F,
     name: OverlayFile,
     layout: Layout,
+    mark: Mark,
     /// Dirty clusters: their words have changed since they were last flushed.
     dirty: Vec<Mutex<ClusterSet>>,
     /// Groups whose tables have been given space: a bit each, by the number of 64 of
@@ -157,16 +164,16 @@ impl<F: ImageFile> Image<F> {
             let operation = format!("extending to {} bytes", layout.end);
             image.name.failed(e, &operation)
         })?;
-        image.write_at(&header.to_bytes(), 0)?;
-        image.write_at(
+        image.write_new(&header.to_bytes(), 0)?;
+        image.write_new(
             &be(&mut layout.refcount_table_entries()),
             layout.refcount_table,
         )?;
         let ones = 1u16
             .to_be_bytes()
             .repeat(layout.metadata_clusters() as usize);
-        image.write_at(&ones, layout.refcount_blocks)?;
-        image.write_at(&be(&mut layout.l1_entries()), layout.l1)?;
+        image.write_new(&ones, layout.refcount_blocks)?;
+        image.write_new(&be(&mut layout.l1_entries()), layout.l1)?;
         image
             .file
             .sync()
@@ -178,15 +185,10 @@ impl<F: ImageFile> Image<F> {
     /// EINVAL, with what is wrong and where, if this filter can't go on with it.
     pub fn open(file: F, path: &Path) -> Result<(Self, Header)> {
         let name = OverlayFile::Image(path.to_owned());
-        let len = file
-            .size()
-            .map_err(|e| name.failed(e, "asking the length of"))?;
-        let mut bytes = vec![0; len.min(16 << 10) as usize];
-        file.read_at(&mut bytes, 0)
-            .map_err(|e| name.failed(e, "reading the header of"))?;
-        let header = Header::from_bytes(&bytes).map_err(|e| name.refused(e))?;
+        let header = Self::read_header(&file, &name)?;
         let image = Self::new(file, name, &header);
         let layout = image.layout;
+        let len = Self::len_of(&image.file, &image.name)?;
         if len < layout.end {
             return Err(image.name.refused(format!(
                 "it is {len} bytes long, but should be {}: it was truncated, \
@@ -201,11 +203,25 @@ impl<F: ImageFile> Image<F> {
         Ok((image, header))
     }
 
+    fn read_header(file: &F, name: &OverlayFile) -> Result<Header> {
+        let len = Self::len_of(file, name)?;
+        let mut bytes = vec![0; len.min(16 << 10) as usize];
+        file.read_at(&mut bytes, 0)
+            .map_err(|e| name.failed(e, "reading the header of"))?;
+        Header::from_bytes(&bytes).map_err(|e| name.refused(e))
+    }
+
+    fn len_of(file: &F, name: &OverlayFile) -> Result<u64> {
+        file.size()
+            .map_err(|e| name.failed(e, "asking the length of"))
+    }
+
     fn new(file: F, name: OverlayFile, header: &Header) -> Self {
         Image {
             file,
             name,
             layout: header.layout,
+            mark: Mark::new(header),
             export: Mutex::new(Export {
                 recorded: header.export,
                 at: header.export_at,
@@ -234,6 +250,7 @@ impl<F: ImageFile> Image<F> {
         &self.name
     }
 
+    /// The file, not to be changed: for that there is [`Image::changing`].
     pub fn file(&self) -> &F {
         &self.file
     }
@@ -259,6 +276,12 @@ impl<F: ImageFile> Image<F> {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.changing()?;
+        self.write_new(bytes, offset)
+    }
+
+    /// As [`Image::write_at`], while the image is made: the mark comes with the header.
+    fn write_new(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.file.write_at(bytes, offset).map_err(|e| {
             let len = bytes.len() as u64;
             self.name

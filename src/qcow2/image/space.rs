@@ -82,12 +82,13 @@ impl<F: ImageFile> Image<F> {
         let entries_end = entries + clusters * ENTRY_LEN;
         let refcounts = self.layout.refcount_at(first);
         let refcounts_end = refcounts + clusters * REFCOUNT_LEN;
+        let file = self.changing()?;
         // The last group may not be whole.
         for (at, end) in [
             (entries, entries_end.min(self.layout.data)),
             (refcounts, refcounts_end.min(self.layout.l1)),
         ] {
-            self.file.reserve(at, end - at).map_err(|e| {
+            file.reserve(at, end - at).map_err(|e| {
                 let operation = "taking space for tables of";
                 self.name.write_failed_at(e, operation, at, end - at)
             })?;

@@ -77,7 +77,7 @@ fn flushes_that_are_asked_for_while_one_is_under_way_share_the_next() {
     let mut disk = Disk::new(SMALL_BLOCKS.0, BLOCK);
     disk.run(&[write(0, BLOCK, 1)]);
     let one = [Step::Write, Step::Sync, Step::Write, Step::WriteSynced];
-    let (first, others) = flush_beside(&mut disk, Hold::Before(2), 8, |disk| {
+    let (first, others) = flush_beside(&mut disk, Hold::Before(3), 8, |disk| {
         disk.run(&[write(CLUSTER, BLOCK, 2)]);
     });
     first.expect("no fault");
@@ -85,9 +85,10 @@ fn flushes_that_are_asked_for_while_one_is_under_way_share_the_next() {
         other.expect("no fault");
     }
     let (write, rest) = ([Step::Write], [Step::Sync, Step::Write, Step::WriteSynced]);
-    // The first write, one flush up to its sync, the second write, the rest of it, and
-    // one flush more.
-    let expected = [&write[..], &one[..2], &write, &rest[1..], &one].concat();
+    // The mark, the first write, one flush up to its sync, the second write, the rest of
+    // it, and one flush more.
+    let mark = [Step::Mark];
+    let expected = [&mark[..], &write, &one[..2], &write, &rest[1..], &one].concat();
     assert_eq!(disk.recorder.steps(0), expected);
     let mut qemu = Qemu::new(100);
     assert_settled(&disk, &qemu);
@@ -96,7 +97,7 @@ fn flushes_that_are_asked_for_while_one_is_under_way_share_the_next() {
 
 #[test]
 fn those_who_share_a_flush_are_told_of_its_failure_and_no_others() {
-    for (failing, first_fails) in [(4, true), (6, false)] {
+    for (failing, first_fails) in [(5, true), (7, false)] {
         let mut disk = Disk::new(SMALL_BLOCKS.0, BLOCK);
         disk.run(&[write(0, BLOCK, 1)]);
         disk.recorder.fail(Some(Fault {
@@ -105,7 +106,7 @@ fn those_who_share_a_flush_are_told_of_its_failure_and_no_others() {
             portion: Portion::Nothing,
             stays: false,
         }));
-        let (first, others) = flush_beside(&mut disk, Hold::Before(2), 5, |disk| {
+        let (first, others) = flush_beside(&mut disk, Hold::Before(3), 5, |disk| {
             disk.run(&[write(CLUSTER, BLOCK, 2)]);
         });
         let errno = |done: Result<()>| done.err().map(|error| error.errno());

@@ -13,6 +13,7 @@ mod disk;
 mod faults;
 mod flushes;
 mod layout;
+mod mark;
 mod random;
 mod reader;
 mod recorder;

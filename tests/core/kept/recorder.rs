@@ -10,6 +10,9 @@ use nbdkit_cow_filter::qcow2::file::ImageFile;
 use super::content::{Change, Content, Sector};
 use crate::disk::Gate;
 
+/// At least: of the smallest cluster.
+const HEADER_LEN: u64 = 16 << 10;
+
 /// What happened, in order.
 #[derive(Clone)]
 pub enum Event {
@@ -32,6 +35,8 @@ pub enum Step {
     Write,
     Sync,
     WriteSynced,
+    /// A `WriteSynced` of the mark of a run: no other lies in the header.
+    Mark,
     Punch,
     ZeroRange,
 }
@@ -181,7 +186,7 @@ impl Recorder {
             if let Some(change) = change {
                 state.content.apply(&change);
                 let event = match (step, fault) {
-                    (Step::WriteSynced, None) => Event::ChangedSafely(change),
+                    (Step::WriteSynced | Step::Mark, None) => Event::ChangedSafely(change),
                     _ => Event::Changed(change),
                 };
                 state.events.push(event);
@@ -250,7 +255,12 @@ impl ImageFile for Recorder {
 
     fn write_synced(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let bytes = buf.to_vec();
-        self.step(Step::WriteSynced, Some(Change::Write { offset, bytes }))
+        let is_in_header = offset < HEADER_LEN;
+        let step = match is_in_header {
+            true => Step::Mark,
+            false => Step::WriteSynced,
+        };
+        self.step(step, Some(Change::Write { offset, bytes }))
     }
 
     fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {

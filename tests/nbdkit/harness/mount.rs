@@ -11,6 +11,8 @@ use tempfile::TempDir;
 
 use super::command::{self, Outcome, command, eventually, outcome, run, spawn};
 use super::python;
+use super::server::Server;
+use super::setup::Setup;
 
 /// Two `mount -o loop` at once can be given the same free loop device, and one of them fails.
 static LOOP_DEVICES: Mutex<()> = Mutex::new(());
@@ -225,6 +227,66 @@ impl Drop for Mount {
     }
 }
 
+/// A file system, ext4 without a journal, on a disk that fails every write while it is told
+/// to. What could not be written to it stays in the page cache until it is unmounted.
+pub struct FailingDisk {
+    // In the order in which they are to go away.
+    mount: Option<Mount>,
+    disk: NbdFuse,
+    _server: Server,
+    scratch: TempDir,
+}
+
+impl FailingDisk {
+    pub fn new() -> FailingDisk {
+        let scratch = super::scratch();
+        let trigger = format!("error-file={}", Self::trigger(&scratch).display());
+        // The filter under test lies below that of the errors, and is as good as any disk.
+        let server = Setup::new().above("error").start(&[
+            "memory",
+            "48M",
+            "error-pwrite=EIO",
+            "error-pwrite-rate=100%",
+            &trigger,
+        ]);
+        let disk = NbdFuse::new(&server.uri());
+        let file = disk.file();
+        let file = file.to_str().expect("a path of our own making");
+        // A journal that can't be written to makes the file system read-only.
+        run(&["mkfs.ext4", "-q", "-F", "-O", "^has_journal", file]);
+        FailingDisk {
+            mount: Some(Mount::image(&disk.file())),
+            disk,
+            _server: server,
+            scratch,
+        }
+    }
+
+    fn trigger(scratch: &TempDir) -> PathBuf {
+        scratch.path().join("fails")
+    }
+
+    pub fn path(&self) -> &Path {
+        self.mount.as_ref().expect("mounted").path()
+    }
+
+    /// From now on nothing can be written to the disk; or all can again.
+    pub fn fail(&self, fails: bool) {
+        let trigger = Self::trigger(&self.scratch);
+        match fails {
+            true => fs::write(trigger, ""),
+            false => fs::remove_file(trigger),
+        }
+        .expect("our own file");
+    }
+
+    /// Mounts the file system anew: what is read then is what the disk has.
+    pub fn forget(&mut self) {
+        self.mount.take().expect("mounted").unmount();
+        self.mount = Some(Mount::image(&self.disk.file()));
+    }
+}
+
 /// What serves a file system ends by itself when that is unmounted.
 fn end(server: &mut Child) {
     if command::wait(server, Duration::from_secs(10)).is_none() {
@@ -246,10 +308,13 @@ impl NbdFuse {
         let point = scratch.path().join("fuse");
         fs::create_dir(&point).expect("a mount point");
         let file = point.join("disk");
-        let mut child = spawn(command("nbdfuse").arg(&file).arg(uri));
+        let stderr = scratch.path().join("stderr");
+        let to_stderr = File::create(&stderr).expect("a file for stderr");
+        let mut child = spawn(command("nbdfuse").arg(&file).arg(uri).stderr(to_stderr));
         let ready = eventually(command::LIMIT, || {
             if let Ok(Some(status)) = child.try_wait() {
-                panic!("nbdfuse ended at once: {status}");
+                let said = fs::read_to_string(&stderr).expect("its stderr");
+                panic!("nbdfuse ended at once: {status}: {said}");
             }
             file.exists()
         });

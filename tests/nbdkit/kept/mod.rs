@@ -10,6 +10,7 @@ mod full;
 mod images;
 mod larger;
 mod locks;
+mod lost;
 mod names;
 mod places;
 mod qemu;
