@@ -21,7 +21,7 @@ use crate::temporary::{Directory, TemporaryStore};
 /// The overlays of a filter.
 pub enum Exports {
     Temporary(Temporary),
-    Kept(Kept, Users<KeptStore<File>>),
+    Kept(Box<Kept>, Users<KeptStore<File>>),
 }
 
 /// Where temporary overlays come from.
@@ -82,7 +82,7 @@ impl Exports {
             backing: config.backing(),
             reclaim: Arc::clone(reclaim),
         })?;
-        Ok(Exports::Kept(kept, Users::default()))
+        Ok(Exports::Kept(Box::new(kept), Users::default()))
     }
 
     /// The overlay for a connection to `export`, over `base`. EINVAL if it was made for

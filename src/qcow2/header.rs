@@ -473,9 +473,9 @@ mod tests {
                 header.mtime = None;
                 header.export = hash(b"a");
                 header.backing = vec![b'x'; MAX_BACKING_NAME];
-                header.samples = (0..MAX_SAMPLES as u64)
+                header.samples = (0..size.min(MAX_SAMPLES as u64))
                     .map(|n| Sample {
-                        offset: n << 30,
+                        offset: n * (size / MAX_SAMPLES as u64),
                         hash: !n,
                     })
                     .collect();
