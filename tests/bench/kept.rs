@@ -253,7 +253,7 @@ fn first_connection(effort: &Effort) -> Result<Vec<Row>, String> {
         offset: BLOCK,
         data: &data,
     };
-    let written = server.client()?.all([write].into_iter(), 1);
+    let written = server.client()?.all([write], 1);
     written.map_err(|error| format!("an image: {error}"))?;
     server.stop();
 

@@ -246,7 +246,7 @@ fn other_bytes_beyond_the_end_of_the_file_are_refused() {
     assert_says(&server.stop_and_tell(), &[&ends, &format!("at offset {M}")]);
 
     // Nor is a longer file the base: QEMU would not show its end, but a commit would.
-    fs::write(&two, &[&whole[..], &[0; 512]].concat()).unwrap();
+    fs::write(&two, [&whole[..], &[0; 512]].concat()).unwrap();
     let server = Server::start(&plugin);
     server.python("refused('ENOENT', connect, 'one')");
     assert_says(
