@@ -10,7 +10,6 @@ use crate::error::{Error, Result};
 use crate::file_system::{FileSystem, can_zero_range};
 use crate::overlay_file::OverlayFile;
 use crate::qcow2::file::is_at;
-use crate::qcow2::layout::Layout;
 use crate::qcow2::lock::lock_for_writing;
 use crate::sparse;
 
@@ -115,20 +114,19 @@ impl ImagePath {
         tempfile::tempfile_in(self.directory()).is_ok_and(|file| can_zero_range(&file))
     }
 
-    /// Beyond the limit of `ulimit -f` the system does not answer a write with an
+    /// Whether a file may be `len` bytes long. Beyond the limit of `ulimit -f` the system does not answer a write with an
     /// error but ends the process by SIGXFSZ.
-    pub fn expect_allowed(&self, layout: Layout) -> Result<()> {
+    pub fn expect_allowed(&self, len: u64) -> Result<()> {
         let limit = getrlimit(Resource::RLIMIT_FSIZE);
         let (limit, _) = limit.map_err(|e| self.failed(e.into(), "asking for ulimit -f for"))?;
-        if layout.end <= limit {
+        if len <= limit {
             return Ok(());
         }
         Err(self.refused_with(
             libc::EFBIG,
             format!(
-                "it takes a file of {} bytes, but the limit on the size of a file \
-                 (ulimit -f) is {limit}",
-                layout.end
+                "it takes a file of {len} bytes, but the limit on the size of a file \
+                 (ulimit -f) is {limit}"
             ),
         ))
     }

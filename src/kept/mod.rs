@@ -17,6 +17,7 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::base::Base;
 use crate::block::BlockSize;
@@ -24,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
 use crate::overlay::{Overlay, Reclaim};
 use crate::qcow2::header::Header;
+use crate::qcow2::home;
 use crate::qcow2::image::Image;
 use crate::qcow2::layout::Layout;
 use crate::sparse;
@@ -31,6 +33,9 @@ use crate::sync::{Mutex, MutexGuard, locked};
 pub use backing::{Backing, absolute};
 use image_path::ImagePath;
 pub use store::{KeptStore, resume};
+
+/// How often to tell how far the moving of clusters has come.
+const PROGRESS: Duration = Duration::from_secs(5);
 
 /// An overlay that is kept in a file.
 pub type KeptOverlay = Overlay<KeptStore<File>>;
@@ -102,7 +107,51 @@ impl Kept {
         if !Image::has_ended_well(&file, self.path.path()) {
             self.path.drop_cached(&file)?;
         }
+        let opened = match self.open_at_home(&file) {
+            Err(e) if e.errno() == libc::EINVAL => {
+                log::debug!("{e}");
+                self.bring_home(&file)?;
+                self.open_at_home(&file).map_err(|e| {
+                    let path = self.path.path().display();
+                    let what = format!("{path} is not as it should be after it was changed: {e}");
+                    Error::new(libc::EIO, what)
+                })
+            }
+            opened => opened.and_then(|(overlay, header)| {
+                self.check(&header, header.layout.end)?;
+                Ok((overlay, header))
+            }),
+        };
+        let (overlay, header) = opened?;
+        log::debug!(
+            "cow-overlay={}: goes on with a disk of {} bytes in blocks of {}",
+            self.path.path().display(),
+            header.layout.disk_size(),
+            header.layout.block_size()
+        );
+        if header.in_use.is_some_and(|in_use| in_use.is_set) {
+            log::warn!(
+                "the last run of nbdkit with cow-overlay={} did not end well: \
+                 what was written in it and not flushed may be lost",
+                self.path.path().display()
+            );
+        }
+        Ok(Served {
+            overlay: overlay.join(&self.reclaim),
+            header,
+        })
+    }
+
+    /// EINVAL if not all of the image is where this filter puts it.
+    fn open_at_home(&self, file: &File) -> Result<(KeptOverlay, Header)> {
+        let file = file.try_clone();
+        let file = file.map_err(|e| self.path.failed(e, "opening"))?;
         let (image, header) = Image::open(file, self.path.path())?;
+        Ok((resume(image, self.path.can_zero_range())?, header))
+    }
+
+    /// Whether the image is the one that is wanted. `len`: how long its file is going to be.
+    fn check(&self, header: &Header, len: u64) -> Result<()> {
         let layout = header.layout;
         if self
             .block_size
@@ -113,26 +162,38 @@ impl Kept {
                 layout.block_size()
             ));
         }
-        self.check_backing(&header)?;
-        self.path.expect_allowed(layout)?;
-        let overlay = resume(image, self.path.can_zero_range())?;
-        if header.in_use.is_some_and(|in_use| in_use.is_set) {
-            log::warn!(
-                "the last run of nbdkit with cow-overlay={} did not end well: \
-                 what was written in it and not flushed may be lost",
-                self.path.path().display()
-            );
-        }
-        log::debug!(
-            "cow-overlay={}: goes on with a disk of {} bytes in blocks of {}",
-            self.path.path().display(),
-            layout.disk_size(),
-            layout.block_size()
+        self.check_backing(header)?;
+        self.path.expect_allowed(len)
+    }
+
+    /// Another program has written to the image, or it is damaged.
+    fn bring_home(&self, file: &File) -> Result<()> {
+        let path = self.path.path();
+        let survey = home::survey(file, path)?;
+        self.check(survey.header(), survey.longest())?;
+        let (path, of) = (path.display(), survey.to_move());
+        log::warn!(
+            "cow-overlay={path}: another program has written to it: \
+             moving {of} clusters to their places"
         );
-        Ok(Served {
-            overlay: overlay.join(&self.reclaim),
-            header,
-        })
+        let start = Instant::now();
+        let mut told = start;
+        let moved = survey.bring_home(&mut |progress| {
+            if told.elapsed() >= PROGRESS {
+                told = Instant::now();
+                let home::Progress {
+                    clusters, bytes, ..
+                } = progress;
+                log::warn!("cow-overlay={path}: {clusters} of {of} clusters moved, {bytes} bytes");
+            }
+        })?;
+        log::warn!(
+            "cow-overlay={path}: {} clusters moved, {} bytes, in {:.1} s",
+            moved.clusters,
+            moved.bytes,
+            start.elapsed().as_secs_f64()
+        );
+        Ok(())
     }
 
     /// Looks, before nbdkit goes into the background, whether the image will find its
@@ -161,7 +222,7 @@ impl Kept {
             // The export has at least its size.
             let (_, size) = self.open_backing(path)?;
             let layout = Layout::new(size, self.block_size_on(&file_system))?;
-            self.path.expect_allowed(layout)?;
+            self.path.expect_allowed(layout.end)?;
             tempfile::tempfile_in(self.path.directory())
                 .and_then(|file| file.set_len(layout.end))
                 .map_err(|e| {
@@ -239,7 +300,7 @@ impl Kept {
         let layout = Layout::new(size, block_size)?;
         let mut header = Header::new(layout, self.recorded_name(backing)?, self.base_mtime());
         header.samples = self.fingerprint_of(base)?;
-        self.path.expect_allowed(header.layout)?;
+        self.path.expect_allowed(header.layout.end)?;
         let directory = self.path.open_directory()?;
         let failed = |e| self.path.failed(e, "making");
         let named = tempfile::Builder::new()

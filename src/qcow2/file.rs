@@ -8,6 +8,9 @@ use std::path::Path;
 
 use crate::sparse;
 
+/// How much is read at once to be copied.
+const COPY_BUFFER: u64 = 1 << 20;
+
 /// A sparse file. Offsets and lengths are in bytes.
 pub trait ImageFile: Send + Sync {
     fn size(&self) -> io::Result<u64>;
@@ -17,13 +20,19 @@ pub trait ImageFile: Send + Sync {
         Ok(true)
     }
 
-    /// Makes it longer; what is new is a hole.
+    /// Makes it longer or shorter; what is new is a hole.
     fn set_size(&self, size: u64) -> io::Result<()>;
 
     /// Fills `buf`; an error if the file ends before.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Copies bytes within the file. `from` and what follows it must lie in the file and not
+    /// overlap `to` and what follows that; the file becomes longer where it has to.
+    fn copy(&self, from: u64, to: u64, len: u64) -> io::Result<()> {
+        copy_in_memory(self, from, to, len)
+    }
 
     /// All that was written before is safe from power loss when this returns.
     fn sync(&self) -> io::Result<()>;
@@ -57,6 +66,17 @@ pub fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     Ok(identity(fs::metadata(path)?) == identity(file.metadata()?))
 }
 
+/// For `ImageFile::copy`, where the system can't do it.
+fn copy_in_memory<F: ImageFile + ?Sized>(file: &F, from: u64, to: u64, len: u64) -> io::Result<()> {
+    let mut buf = vec![0; len.min(COPY_BUFFER) as usize];
+    for done in (0..len).step_by(buf.len().max(1)) {
+        let piece = &mut buf[..(len - done).min(COPY_BUFFER) as usize];
+        file.read_at(piece, from + done)?;
+        file.write_at(piece, to + done)?;
+    }
+    Ok(())
+}
+
 impl ImageFile for File {
     fn size(&self) -> io::Result<u64> {
         self.metadata().map(|metadata| metadata.len())
@@ -82,6 +102,11 @@ impl ImageFile for File {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.write_all_at(buf, offset)
+    }
+
+    fn copy(&self, from: u64, to: u64, len: u64) -> io::Result<()> {
+        let done = sparse::copy(self, from, to, len)?;
+        copy_in_memory(self, from + done, to + done, len - done)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -1,8 +1,9 @@
 //! The header cluster: header, header extensions, backing file name.
 //!
-//! Reading trusts nothing. What this filter would not have written itself, and
-//! what QEMU does not put into an image that it only reads, fills or rebases, is
-//! refused with the name of the field, and where it is.
+//! Reading trusts nothing. [`Header`] is what this filter has written itself, or QEMU has
+//! when it filled or rebased the image: the tables lie where [`Layout`] has them. [`Foreign`] is
+//! one of an image whose tables QEMU may have moved. All else is refused with the name of
+//! the field, where it is, and what to do.
 
 use std::ops::Range;
 
@@ -19,7 +20,13 @@ const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
+/// A compatible feature bit.
+const LAZY_REFCOUNTS: u64 = 1 << 0;
+/// Autoclear feature bits.
+const BITMAPS_VALID: u64 = 1 << 0;
+const RAW_EXTERNAL: u64 = 1 << 1;
 const REFCOUNT_ORDER: u32 = 4;
+const MAX_REFCOUNT_ORDER: u32 = 6;
 /// QEMU reads no longer ones.
 pub const MAX_BACKING_NAME: usize = 1023;
 
@@ -59,6 +66,11 @@ pub const MAX_SAMPLES: usize = 16;
 const NEW_OURS_AT: u64 = HEADER_LEN as u64 + 16 + 8;
 
 const FORMAT_OF_BASE: &[u8] = b"raw";
+
+/// What helps where nothing less does.
+pub const NEW_IMAGE: &str = "what is in it can be written to a new image (nbdkit-cow-filter(1) \
+                             has the command)";
+const REMOVE_BITMAPS: &str = "remove them with qemu-img bitmap --remove";
 
 /// A modification time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,33 +220,88 @@ impl Header {
     /// Reads `bytes`, the first of the file: 16 KiB, the smallest cluster, unless
     /// the file is shorter. EINVAL says which field is not as it should be.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let foreign = Foreign::from_bytes(bytes)?;
+        foreign.expect_at_home(bytes)?;
+        Ok(foreign.header)
+    }
+}
+
+/// Where the tables lie that are found by the header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tables {
+    /// How many entries the L1 table has.
+    pub l1_size: u64,
+    pub l1: u64,
+    pub refcount_table: u64,
+    pub refcount_table_clusters: u64,
+    /// A refcount has two to the power of this many bits.
+    pub refcount_order: u32,
+}
+
+impl Tables {
+    pub fn at_home(layout: Layout) -> Self {
+        Tables {
+            l1_size: layout.l2_tables(),
+            l1: layout.l1,
+            refcount_table: layout.refcount_table,
+            refcount_table_clusters: refcount_table_clusters(layout),
+            refcount_order: REFCOUNT_ORDER,
+        }
+    }
+
+    /// Changes the first sector of an image, so that it leads to these tables, which are
+    /// right and are kept up at once: no feature says otherwise any more.
+    pub fn put_into(self, sector: &mut [u8]) {
+        let to_u32 = |n: u64| u32::try_from(n).expect("bounded by the layout");
+        sector[36..40].copy_from_slice(&to_u32(self.l1_size).to_be_bytes());
+        sector[40..48].copy_from_slice(&self.l1.to_be_bytes());
+        sector[48..56].copy_from_slice(&self.refcount_table.to_be_bytes());
+        let clusters = to_u32(self.refcount_table_clusters);
+        sector[56..60].copy_from_slice(&clusters.to_be_bytes());
+        sector[72..80].copy_from_slice(&EXTENDED_L2.to_be_bytes());
+        sector[80..96].fill(0);
+        sector[96..100].copy_from_slice(&self.refcount_order.to_be_bytes());
+    }
+}
+
+/// The header of an image of ours that another program may have written to since.
+#[derive(Debug)]
+pub struct Foreign {
+    pub header: Header,
+    pub tables: Tables,
+    /// The program was not ended well: the refcounts may be wrong.
+    pub is_dirty: bool,
+    /// It has other features that only QEMU keeps up, and that can be taken from it.
+    pub has_features: bool,
+}
+
+impl Foreign {
+    /// As [`Header::from_bytes`]; the tables may lie anywhere.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         if bytes.len() < HEADER_LEN as usize || be_u32(bytes, 0) != MAGIC {
             return Err(refused("it is no qcow2 image"));
         }
-        let field = |name: &str, at: usize, found: u64, wanted: u64| {
-            if found == wanted {
-                return Ok(());
-            }
-            Err(refused(format!(
-                "it is not laid out as this filter lays out its own images: \
-                 {name} (byte {at} of the header) is {found:#x}, not {wanted:#x}"
-            )))
-        };
         field("version", 4, be_u32(bytes, 4).into(), VERSION.into())?;
         check_features(bytes)?;
-        field("crypt_method", 32, be_u32(bytes, 32).into(), 0)?;
+        if be_u32(bytes, 32) != 0 {
+            return Err(refused(format!(
+                "it is encrypted (byte 32 of the header): {NEW_IMAGE}"
+            )));
+        }
         if be_u32(bytes, 60) != 0 {
             return Err(refused(
-                "it has internal snapshots (byte 60 of the header): delete them with qemu-img snapshot -d",
+                "it has internal snapshots (byte 60 of the header): \
+                 delete them with qemu-img snapshot -d",
             ));
         }
         field("snapshots_offset", 64, be_u64(bytes, 64), 0)?;
-        field(
-            "refcount_order",
-            96,
-            be_u32(bytes, 96).into(),
-            REFCOUNT_ORDER.into(),
-        )?;
+        let refcount_order = be_u32(bytes, 96);
+        if refcount_order > MAX_REFCOUNT_ORDER {
+            return Err(refused(format!(
+                "refcount_order (byte 96 of the header) is {refcount_order}, \
+                 but can be {MAX_REFCOUNT_ORDER} at most"
+            )));
+        }
         field(
             "header_length",
             100,
@@ -260,7 +327,8 @@ impl Header {
             .ok_or_else(|| {
                 refused(format!(
                     "it has no backing file name where its header says \
-                     ({name_len} bytes at {name_at:#x}; bytes 8 and 16 of the header)"
+                     ({name_len} bytes at {name_at:#x}; bytes 8 and 16 of the header): \
+                     if it was taken away, give it again with qemu-img rebase -u -F raw -b NAME"
                 ))
             })?;
         let (ours, ours_at) = extensions(&bytes[..name_at as usize])?;
@@ -268,40 +336,83 @@ impl Header {
 
         let size = be_u64(bytes, 24);
         // The sum can't overflow: a multiple of a power of two that is no larger.
-        if disk_size.checked_next_multiple_of(SECTOR) != Some(size) {
+        let virtual_size = disk_size.checked_next_multiple_of(SECTOR);
+        if virtual_size != Some(size) {
+            let shrink = if virtual_size < Some(size) {
+                "--shrink "
+            } else {
+                ""
+            };
             return Err(refused(format!(
                 "size (byte 24 of the header) is {size}, but it was made for a disk \
-                 of {disk_size} bytes: it was resized or damaged"
+                 of {disk_size} bytes: if it was resized, give it back its size with \
+                 qemu-img resize {shrink}IMAGE {}",
+                virtual_size.unwrap_or(disk_size)
             )));
         }
         let layout = Layout::new(disk_size, block_size).map_err(refused)?;
-        field("l1_size", 36, be_u32(bytes, 36).into(), layout.l2_tables())?;
-        field("l1_table_offset", 40, be_u64(bytes, 40), layout.l1)?;
+        Ok(Foreign {
+            header: Header {
+                layout,
+                backing: backing.to_vec(),
+                mtime: (be_u32(ours, 20) != 0).then(|| Mtime {
+                    seconds: be_u64(ours, 8) as i64,
+                    nanoseconds: be_u32(ours, 16),
+                }),
+                export: be_u64(ours, EXPORT),
+                export_at: (ours_at + EXPORT) as u64,
+                in_use: in_use(ours, ours_at)?,
+                samples: samples(ours)?,
+            },
+            tables: Tables {
+                l1_size: be_u32(bytes, 36).into(),
+                l1: be_u64(bytes, 40),
+                refcount_table: be_u64(bytes, 48),
+                refcount_table_clusters: be_u32(bytes, 56).into(),
+                refcount_order,
+            },
+            is_dirty: be_u64(bytes, 72) & DIRTY != 0,
+            has_features: be_u64(bytes, 80) != 0 || be_u64(bytes, 88) != 0,
+        })
+    }
+
+    fn expect_at_home(&self, bytes: &[u8]) -> Result<()> {
+        if self.is_dirty {
+            return Err(refused(
+                "it was not closed by the program that wrote to it \
+                 (incompatible_features, byte 72 of the header)",
+            ));
+        }
+        field("compatible_features", 80, be_u64(bytes, 80), 0)?;
+        field("autoclear_features", 88, be_u64(bytes, 88), 0)?;
+        let (found, home) = (self.tables, Tables::at_home(self.header.layout));
+        let order = |tables: Tables| u64::from(tables.refcount_order);
+        field("l1_size", 36, found.l1_size, home.l1_size)?;
+        field("l1_table_offset", 40, found.l1, home.l1)?;
         field(
             "refcount_table_offset",
             48,
-            be_u64(bytes, 48),
-            layout.refcount_table,
+            found.refcount_table,
+            home.refcount_table,
         )?;
         field(
             "refcount_table_clusters",
             56,
-            be_u32(bytes, 56).into(),
-            refcount_table_clusters(layout),
+            found.refcount_table_clusters,
+            home.refcount_table_clusters,
         )?;
-        Ok(Header {
-            layout,
-            backing: backing.to_vec(),
-            mtime: (be_u32(ours, 20) != 0).then(|| Mtime {
-                seconds: be_u64(ours, 8) as i64,
-                nanoseconds: be_u32(ours, 16),
-            }),
-            export: be_u64(ours, EXPORT),
-            export_at: (ours_at + EXPORT) as u64,
-            in_use: in_use(ours, ours_at)?,
-            samples: samples(ours)?,
-        })
+        field("refcount_order", 96, order(found), order(home))
     }
+}
+
+fn field(name: &str, at: usize, found: u64, wanted: u64) -> Result<()> {
+    if found == wanted {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "it is not laid out as this filter lays out its own images: \
+         {name} (byte {at} of the header) is {found:#x}, not {wanted:#x}"
+    )))
 }
 
 fn refcount_table_clusters(layout: Layout) -> u64 {
@@ -315,19 +426,19 @@ fn extend(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
     bytes.resize(bytes.len().next_multiple_of(8), 0);
 }
 
+/// Refuses what this filter can't go on with, wherever it lies.
 fn check_features(bytes: &[u8]) -> Result<()> {
     let incompatible = be_u64(bytes, 72);
     for (bit, what) in [
         (
-            DIRTY,
-            "it was not closed by the program that wrote to it: run qemu-img check -r all",
+            CORRUPT,
+            "it is marked as corrupt: run qemu-img check -r all".to_string(),
         ),
         (
-            CORRUPT,
-            "it is marked as corrupt: run qemu-img check -r all",
+            EXTERNAL_DATA,
+            format!("its data is in another file: {NEW_IMAGE}"),
         ),
-        (EXTERNAL_DATA, "its data is in another file"),
-        (COMPRESSION, "it is compressed"),
+        (COMPRESSION, format!("it is compressed: {NEW_IMAGE}")),
     ] {
         if incompatible & bit != 0 {
             return Err(refused(format!(
@@ -335,20 +446,25 @@ fn check_features(bytes: &[u8]) -> Result<()> {
             )));
         }
     }
-    if incompatible != EXTENDED_L2 {
+    if incompatible & !DIRTY != EXTENDED_L2 {
         return Err(refused(format!(
             "it is not laid out as this filter lays out its own images: incompatible_features \
-             (byte 72 of the header) is {incompatible:#x}, not {EXTENDED_L2:#x}, extended L2 entries"
+             (byte 72 of the header) is {incompatible:#x}, not {EXTENDED_L2:#x}, extended L2 \
+             entries: {NEW_IMAGE}"
         )));
     }
-    for (name, at) in [("compatible_features", 80), ("autoclear_features", 88)] {
-        let found = be_u64(bytes, at);
-        if found != 0 {
-            return Err(refused(format!(
-                "it has features that this filter does not keep up \
-                 (lazy refcounts, bitmaps): {name} (byte {at} of the header) is {found:#x}"
-            )));
-        }
+    let (compatible, autoclear) = (be_u64(bytes, 80), be_u64(bytes, 88));
+    if compatible & !LAZY_REFCOUNTS != 0 {
+        return Err(refused(format!(
+            "it has features that this filter does not know: \
+             compatible_features (byte 80 of the header) is {compatible:#x}"
+        )));
+    }
+    if autoclear & (BITMAPS_VALID | RAW_EXTERNAL) != 0 {
+        return Err(refused(format!(
+            "it has features that this filter does not keep up: autoclear_features (byte 88 of \
+             the header) is {autoclear:#x}: {REMOVE_BITMAPS}"
+        )));
     }
     Ok(())
 }
@@ -370,10 +486,16 @@ fn extensions(bytes: &[u8]) -> Result<(&[u8], usize)> {
             END_OF_EXTENSIONS => break,
             BACKING_FORMAT => format = Some(data),
             OURS => ours = Some((data, at + 8)),
-            FULL_DISK_ENCRYPTION | BITMAPS | EXTERNAL_DATA_NAME => {
+            BITMAPS => {
                 return Err(refused(format!(
-                    "it has features that this filter does not keep up (encryption, bitmaps, \
-                     external data): there is a header extension {kind:#x} at byte {at}"
+                    "it has bitmaps, which this filter does not keep up (a header extension at \
+                     byte {at}): {REMOVE_BITMAPS}"
+                )));
+            }
+            FULL_DISK_ENCRYPTION | EXTERNAL_DATA_NAME => {
+                return Err(refused(format!(
+                    "it has features that this filter does not know (encryption, external data: \
+                     a header extension {kind:#x} at byte {at}): {NEW_IMAGE}"
                 )));
             }
             // The names of feature bits, and whatever else may safely be ignored.
@@ -383,13 +505,14 @@ fn extensions(bytes: &[u8]) -> Result<(&[u8], usize)> {
     }
     let lengths = [FIRST_OURS_LEN, OURS_LEN];
     let Some(ours) = ours.filter(|(data, _)| lengths.contains(&data.len())) else {
-        return Err(refused(
-            "it was not made by this filter: the header extension \"nbco\" is missing",
-        ));
+        return Err(refused(format!(
+            "it was not made by this filter: the header extension \"nbco\" is missing: {NEW_IMAGE}"
+        )));
     };
     if format != Some(FORMAT_OF_BASE) {
         return Err(refused(
-            "the format of its backing file is not recorded as raw (header extension 0xe2792aca)",
+            "the format of its backing file is not recorded as raw (header extension 0xe2792aca): \
+             record it with qemu-img rebase -u -F raw -b NAME",
         ));
     }
     Ok(ours)
@@ -606,7 +729,7 @@ mod tests {
             refusal(&bytes)
         };
         assert!(with(0, 0).contains("no qcow2 image"));
-        assert!(with(79, 0x11).contains("qemu-img check"));
+        assert!(with(79, 0x11).contains("not closed"));
         assert!(with(79, 0x12).contains("corrupt"));
         assert!(with(63, 1).contains("snapshot -d"));
         assert!(with(31, 1).contains("resized"));

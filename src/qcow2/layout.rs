@@ -35,17 +35,17 @@ pub const REFCOUNT_LEN: u64 = 2;
 /// Bytes of an L2 entry in an image with extended L2 entries.
 pub const ENTRY_LEN: u64 = 16;
 /// Bytes of an entry of the L1 table and of the refcount table.
-const POINTER_LEN: u64 = 8;
+pub const POINTER_LEN: u64 = 8;
 /// The unit of a disk's size in QEMU, which does not see what is beyond the last
 /// whole one.
 pub const SECTOR: u64 = 512;
 
 /// OFLAG_COPIED: the refcount of what this points to is exactly 1.
-const COPIED: u64 = 1 << 63;
+pub const COPIED: u64 = 1 << 63;
 
 /// What QEMU opens at most: 32 MiB of L1 table, 8 MiB of refcount table.
-const MAX_L1_LEN: u64 = 32 << 20;
-const MAX_REFCOUNT_TABLE_LEN: u64 = 8 << 20;
+pub const MAX_L1_LEN: u64 = 32 << 20;
+pub const MAX_REFCOUNT_TABLE_LEN: u64 = 8 << 20;
 
 /// A cluster of the disk, counted from the disk's start. One word of the block
 /// map, and one L2 entry, describe one.
@@ -196,6 +196,20 @@ impl Layout {
     pub fn refcount_table_entries(self) -> impl Iterator<Item = u64> {
         (0..self.refcount_block_count())
             .map(move |n| self.refcount_blocks + n * self.cluster_size())
+    }
+
+    /// The tables of an image in which nothing was written yet, each with its offset. What
+    /// lies between them is zero.
+    pub fn new_tables(self) -> [(u64, Vec<u8>); 3] {
+        let be = |numbers: &mut dyn Iterator<Item = u64>| -> Vec<u8> {
+            numbers.flat_map(u64::to_be_bytes).collect()
+        };
+        let ones = 1u16.to_be_bytes().repeat(self.metadata_clusters() as usize);
+        [
+            (self.refcount_table, be(&mut self.refcount_table_entries())),
+            (self.refcount_blocks, ones),
+            (self.l1, be(&mut self.l1_entries())),
+        ]
     }
 
     /// The bits of `cluster`'s word that stand for blocks of the disk, *data* and

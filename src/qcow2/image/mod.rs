@@ -157,23 +157,14 @@ impl<F: ImageFile> Image<F> {
     pub fn create(file: F, path: &Path, header: &Header) -> Result<Self> {
         let image = Self::new(file, OverlayFile::Image(path.to_owned()), header);
         let layout = image.layout;
-        let be = |numbers: &mut dyn Iterator<Item = u64>| -> Vec<u8> {
-            numbers.flat_map(u64::to_be_bytes).collect()
-        };
         image.file.set_size(layout.end).map_err(|e| {
             let operation = format!("extending to {} bytes", layout.end);
             image.name.failed(e, &operation)
         })?;
         image.write_new(&header.to_bytes(), 0)?;
-        image.write_new(
-            &be(&mut layout.refcount_table_entries()),
-            layout.refcount_table,
-        )?;
-        let ones = 1u16
-            .to_be_bytes()
-            .repeat(layout.metadata_clusters() as usize);
-        image.write_new(&ones, layout.refcount_blocks)?;
-        image.write_new(&be(&mut layout.l1_entries()), layout.l1)?;
+        for (at, table) in layout.new_tables() {
+            image.write_new(&table, at)?;
+        }
         image
             .file
             .sync()
