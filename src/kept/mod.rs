@@ -174,7 +174,7 @@ impl Kept {
         let (path, of) = (path.display(), survey.to_move());
         log::warn!(
             "cow-overlay={path}: another program has written to it: \
-             moving {of} clusters to their places"
+             putting its tables in order, and clusters to their places ({of} of them)"
         );
         let start = Instant::now();
         let mut told = start;
@@ -184,11 +184,13 @@ impl Kept {
                 let home::Progress {
                     clusters, bytes, ..
                 } = progress;
-                log::warn!("cow-overlay={path}: {clusters} of {of} clusters moved, {bytes} bytes");
+                log::warn!(
+                    "cow-overlay={path}: {clusters} of {of} clusters moved, {bytes} bytes copied"
+                );
             }
         })?;
         log::warn!(
-            "cow-overlay={path}: {} clusters moved, {} bytes, in {:.1} s",
+            "cow-overlay={path}: {} of {of} clusters moved, {} bytes copied, in {:.1} s",
             moved.clusters,
             moved.bytes,
             start.elapsed().as_secs_f64()

@@ -67,9 +67,10 @@ const NEW_OURS_AT: u64 = HEADER_LEN as u64 + 16 + 8;
 
 const FORMAT_OF_BASE: &[u8] = b"raw";
 
-/// What helps where nothing less does.
-pub const NEW_IMAGE: &str = "what is in it can be written to a new image (nbdkit-cow-filter(1) \
-                             has the command)";
+/// What helps where nothing less does. (It gives the image another backing file.)
+pub const NEW_IMAGE: &str = "what is in a copy of it (IMAGE) can be written to a new image with \
+     nbdkit -U - --filter=cow file BASE cow-overlay=NEW --run \
+     'qemu-img rebase -u -F raw -b \"$uri\" IMAGE && qemu-img commit -d IMAGE'";
 const REMOVE_BITMAPS: &str = "remove them with qemu-img bitmap --remove";
 
 /// A modification time.
@@ -284,9 +285,9 @@ impl Foreign {
         field("version", 4, be_u32(bytes, 4).into(), VERSION.into())?;
         check_features(bytes)?;
         if be_u32(bytes, 32) != 0 {
-            return Err(refused(format!(
-                "it is encrypted (byte 32 of the header): {NEW_IMAGE}"
-            )));
+            return Err(refused(
+                "it is encrypted, which this filter can't do (byte 32 of the header)",
+            ));
         }
         if be_u32(bytes, 60) != 0 {
             return Err(refused(
@@ -494,8 +495,8 @@ fn extensions(bytes: &[u8]) -> Result<(&[u8], usize)> {
             }
             FULL_DISK_ENCRYPTION | EXTERNAL_DATA_NAME => {
                 return Err(refused(format!(
-                    "it has features that this filter does not know (encryption, external data: \
-                     a header extension {kind:#x} at byte {at}): {NEW_IMAGE}"
+                    "it has features that this filter does not keep up (encryption, external \
+                     data): there is a header extension {kind:#x} at byte {at}"
                 )));
             }
             // The names of feature bits, and whatever else may safely be ignored.

@@ -40,6 +40,12 @@ impl HostSet {
         word.is_some_and(|word| word & (1 << (cluster.0 % 64)) != 0)
     }
 
+    pub fn last(&self) -> Option<HostCluster> {
+        let mut words = self.words.iter().filter(|(_, word)| **word != 0);
+        let (key, word) = words.next_back()?;
+        Some(HostCluster(key * 64 + u64::from(word.ilog2())))
+    }
+
     /// In ascending order.
     pub fn iter(&self) -> impl Iterator<Item = HostCluster> {
         self.without(HostSet::none())
@@ -119,6 +125,10 @@ mod tests {
         clusters.remove(HostCluster(7000));
         assert!(clusters.contains(HostCluster(63)) && !clusters.contains(HostCluster(0)));
         assert_eq!(numbers(clusters.iter()), [63, 64, 65, 1 << 60]);
+        assert_eq!(clusters.last(), Some(HostCluster(1 << 60)));
+        clusters.remove(HostCluster(1 << 60));
+        assert_eq!(clusters.last(), Some(HostCluster(65)));
+        clusters.insert(HostCluster(1 << 60));
         let other = set(&[64, 66]);
         assert_eq!(numbers(clusters.without(&other)), [63, 65, 1 << 60]);
     }

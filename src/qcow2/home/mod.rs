@@ -96,8 +96,8 @@ pub struct Survey<'a, F> {
 
 /// How the tables get home.
 enum Way {
-    /// They are there. Scratch clusters lie from here on.
-    InPlace(HostCluster),
+    /// They are there.
+    InPlace,
     Copied(Copy),
 }
 
@@ -128,7 +128,7 @@ fn way(name: &OverlayFile, found: &Findings, plan: &Plan) -> Result<Way> {
         && (scratch == 0 || beyond.0 + scratch <= counted_at_home)
         && missing.all(|cluster| cluster.0 < counted_at_home)
     {
-        return Ok(Way::InPlace(beyond));
+        return Ok(Way::InPlace);
     }
     let mut counted = HostSet::default();
     counted.insert_all(found.used.without(&found.tables));
@@ -141,10 +141,12 @@ fn way(name: &OverlayFile, found: &Findings, plan: &Plan) -> Result<Way> {
 }
 
 impl Findings {
-    /// Nothing lies there, nor beyond, and nothing is going to.
+    /// Nothing leads there, nor beyond, and nothing is going to. (What an earlier attempt has
+    /// left there is written over, so that the file does not grow with each.)
     fn end_of_all(&self) -> HostCluster {
-        let end = self.len.max(self.layout.end);
-        HostCluster(end.div_ceil(self.layout.cluster_size()))
+        let end = HostCluster(self.layout.end / self.layout.cluster_size());
+        let last = self.used.last();
+        last.map_or(end, |last| end.max(HostCluster(last.0 + 1)))
     }
 
     /// Those of the clusters that are away.
@@ -181,8 +183,9 @@ impl<F: ImageFile> Survey<'_, F> {
     /// How long the file becomes while they are.
     pub fn longest(&self) -> u64 {
         match &self.way {
-            Way::InPlace(scratch) => {
-                (scratch.0 + u64::from(self.plan.scratch)) * self.layout().cluster_size()
+            Way::InPlace => {
+                let clusters = self.found.end_of_all().0 + u64::from(self.plan.scratch);
+                clusters * self.layout().cluster_size()
             }
             Way::Copied(copy) => copy.end,
         }
@@ -221,8 +224,8 @@ impl<F: ImageFile> Survey<'_, F> {
         // All that is read lies in the file then.
         io.set_size(self.found.end_of_all().0 * layout.cluster_size())?;
         let freed = match &self.way {
-            Way::InPlace(scratch) => {
-                let written = self.prepare(*scratch)?;
+            Way::InPlace => {
+                let written = self.prepare(mover.scratch)?;
                 mover.run(&self.found.away, &self.plan)?;
                 let freed = self.freed(&written, &used);
                 write_refcounts(io, layout, freed.iter(), 0)?;

@@ -7,6 +7,7 @@ mod damage;
 mod fingerprints;
 mod first_client;
 mod full;
+mod home;
 mod images;
 mod larger;
 mod locks;
