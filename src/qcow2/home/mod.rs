@@ -52,6 +52,7 @@ use std::path::Path;
 use super::file::ImageFile;
 use super::header::{Header, Tables};
 use super::layout::{GuestCluster, Layout, REFCOUNT_LEN, has_data};
+use crate::buffer::buffer;
 use crate::error::{Error, Result};
 use crate::overlay_file::OverlayFile;
 use hosts::{HostCluster, HostSet};
@@ -272,9 +273,12 @@ impl<F: ImageFile> Survey<'_, F> {
         let entry =
             |cluster: &Cluster| (cluster.guest, layout.entry(cluster.guest, cluster.bitmap));
         write_entries(io, layout, &found.l2, found.amended.iter().map(entry))?;
-        if found.l1_lacks_copied {
-            let [_, _, (at, l1)] = layout.new_tables();
-            io.write(&l1, at)?;
+        if found.is_l1_stale {
+            let mut l1 = buffer(layout.l2 - layout.l1)?;
+            for (place, pointer) in l1.chunks_exact_mut(8).zip(layout.l1_entries()) {
+                place.copy_from_slice(&pointer.to_be_bytes());
+            }
+            io.write(&l1, layout.l1)?;
         }
         if found.foreign.is_dirty || found.foreign.has_features {
             switch_to(io, Tables::at_home(layout))?;

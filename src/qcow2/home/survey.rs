@@ -35,8 +35,9 @@ pub struct Findings {
     pub l2: Vec<u64>,
     /// The tables lie where this filter has them.
     pub is_home: bool,
-    /// Some pointer of the L1 table lacks the COPIED bit.
-    pub l1_lacks_copied: bool,
+    /// The L1 table lies at home, but some of it has to be written: the COPIED bit of a
+    /// pointer, or zeroes behind the last.
+    pub is_l1_stale: bool,
     /// Clusters whose data lies elsewhere.
     pub away: Vec<Cluster>,
     /// Clusters whose entry has to change, and whose data has not: it leads to a cluster of the
@@ -68,7 +69,7 @@ pub fn read<F: ImageFile>(io: Io<'_, F>) -> Result<Findings> {
             foreign,
             len,
             l2: Vec::new(),
-            l1_lacks_copied: false,
+            is_l1_stale: false,
             away: Vec::new(),
             amended: Vec::new(),
             used: HostSet::default(),
@@ -188,7 +189,7 @@ impl<F: ImageFile> Reader<'_, F> {
                     "entry {i} of its L1 table is {pointer:#x}: {MENDS}"
                 )));
             }
-            self.found.l1_lacks_copied |= *pointer != 0 && *pointer & COPIED == 0;
+            self.found.is_l1_stale |= *pointer != 0 && *pointer & COPIED == 0;
             *pointer &= OFFSET;
             if *pointer != 0 {
                 self.use_for_table(*pointer, format_args!("L2 table {i}"))?;
@@ -197,6 +198,11 @@ impl<F: ImageFile> Reader<'_, F> {
         let home = layout.l1_entries().map(|pointer| pointer & OFFSET);
         self.found.is_home &= l1.iter().copied().eq(home);
         self.found.l2 = l1;
+        if self.found.is_home {
+            let end = tables.l1 + len;
+            let mut rest = buffer(layout.l2 - end)?;
+            self.found.is_l1_stale |= self.source.read(&mut rest, end)?;
+        }
         Ok(())
     }
 
