@@ -8,10 +8,12 @@ mod allocations;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Mutex;
 
 use nbdkit_cow_filter::block::BlockSize;
 use nbdkit_cow_filter::kept::resume;
 use nbdkit_cow_filter::qcow2::header::Header;
+use nbdkit_cow_filter::qcow2::home;
 use nbdkit_cow_filter::qcow2::image::Image;
 use nbdkit_cow_filter::qcow2::layout::Layout;
 
@@ -44,8 +46,12 @@ fn open(file: File) -> (Result<(), String>, usize) {
     })
 }
 
+/// The allocator counts for all tests.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 #[test]
 fn opening_an_image_takes_memory_for_what_is_in_it() {
+    let _alone = ONE_AT_A_TIME.lock();
     for (size, block) in [(TIB, 4096), (TIB, 65536), (8 * TIB, 65536)] {
         let untouched = header(size, block);
         assert!(untouched.layout.data > 8 << 20, "large tables");
@@ -69,5 +75,42 @@ fn opening_an_image_takes_memory_for_what_is_in_it() {
         let (opened, taken) = open(file);
         opened.expect_err("damaged");
         assert!(taken < LITTLE, "{taken} bytes for a claim of {size}");
+    }
+}
+
+/// What another program may have written is read in another way.
+#[test]
+fn a_survey_takes_memory_for_what_is_in_the_file() {
+    let _alone = ONE_AT_A_TIME.lock();
+    let small = header(1 << 20, 4096);
+    let layout = small.layout;
+    let largest_l1 = (4u32 << 20).to_be_bytes();
+    let largest_refcount_table = 64u32.to_be_bytes();
+    let survey = |changes: &[(&[u8], u64)], len: u64| {
+        let file = image(&small);
+        for (bytes, at) in changes {
+            file.write_all_at(bytes, *at).expect("a write");
+        }
+        file.set_len(len).expect("another length");
+        peak(|| home::survey(&file, Path::new("diff.qcow2")).map(drop))
+    };
+    // Tables that are longer than the file, and one that is named many times.
+    let table = (layout.l2 | (1 << 63)).to_be_bytes().repeat(1 << 16);
+    let at = layout.end.to_be_bytes();
+    for (changes, len) in [
+        (&[(&largest_l1[..], 36)][..], layout.end),
+        (&[(&largest_refcount_table, 56)], layout.end),
+        (
+            &[
+                (&(1u32 << 16).to_be_bytes(), 36),
+                (&at, 40),
+                (&table, layout.end),
+            ],
+            layout.end + (1 << 20),
+        ),
+    ] {
+        let (said, taken) = survey(changes, len);
+        said.expect_err("damaged");
+        assert!(taken < LITTLE, "{taken} bytes for {len}");
     }
 }

@@ -7,6 +7,9 @@
 //!
 //! # The order of writes
 //!
+//! First of all a sync: what was read here is what a crash leaves, and not something newer of which
+//! the disk does not know yet.
+//!
 //! If the tables are at home (a guest was booted from the image, say) they are changed in
 //! place:
 //!
@@ -19,7 +22,7 @@
 //! 4. a refcount of 0 for every place that is free now, which is given back; what lies
 //!    beyond the image's end is cut off; sync.
 //!
-//! Else all tables are written anew beyond all that is in the file (a [`Copy`], with the
+//! Else all tables are written anew beyond all that is in the file ([`TemporaryTables`], with the
 //! refcounts of 1 and the entries of 2); sync; the header leads to them by one write of its first
 //! sector; sync. Then everything in the file that is not data is free, and 3 follows. Then
 //! the tables are written a last time, where they belong; sync; the header; sync; and 4, in which
@@ -60,7 +63,7 @@ use io::Io;
 use mover::{Mover, runs, write_entries};
 use plan::Plan;
 use survey::Findings;
-use tables::{Copy, switch_to, write_refcounts};
+use tables::{TemporaryTables, switch_to, write_refcounts};
 
 /// A cluster of the disk, and where it lies.
 #[derive(Debug, Clone, Copy)]
@@ -99,7 +102,7 @@ pub struct Survey<'a, F> {
 enum Way {
     /// They are there.
     InPlace,
-    Copied(Copy),
+    Copied(TemporaryTables),
 }
 
 /// Finds out what there is to do. `path` is for messages. EINVAL if this filter can't go on
@@ -134,7 +137,7 @@ fn way(name: &OverlayFile, found: &Findings, plan: &Plan) -> Result<Way> {
     let mut counted = HostSet::default();
     counted.insert_all(found.used.without(&found.tables));
     counted.insert_all(found.homes());
-    let copy = Copy::place(layout, &found.l2, beyond, scratch, counted)?;
+    let copy = TemporaryTables::place(layout, &found.l2, beyond, scratch, counted)?;
     copy.map(Way::Copied).ok_or_else(|| {
         let what = "the format has no room for moving what another program has written";
         name.refused_with(libc::EFBIG, what)
@@ -222,6 +225,7 @@ impl<F: ImageFile> Survey<'_, F> {
             },
             tell,
         };
+        io.sync()?;
         // All that is read lies in the file then.
         io.set_size(self.found.end_of_all().0 * layout.cluster_size())?;
         let freed = match &self.way {

@@ -46,7 +46,7 @@ pub fn switch_to<F: ImageFile>(io: Io<'_, F>, tables: Tables) -> Result<()> {
 
 /// A copy of all tables that lies beyond everything else, and where each part of it is. Scratch
 /// clusters are between them.
-pub struct Copy {
+pub struct TemporaryTables {
     l1: u64,
     /// As in [`Findings`].
     pub l2: Vec<u64>,
@@ -60,7 +60,7 @@ pub struct Copy {
     pub end: u64,
 }
 
-impl Copy {
+impl TemporaryTables {
     /// Finds the places, from `start` on. `counted` is what has a refcount beside the tables
     /// themselves. `None`: there would have to be more refcounts than QEMU reads.
     pub fn place(
@@ -110,7 +110,7 @@ impl Copy {
         counted.insert_all((start.0..end).map(HostCluster));
         let blocks_at = refcount_table + table_clusters * size;
         let places = (0..).map(|i| blocks_at + i * size);
-        Ok(Some(Copy {
+        Ok(Some(TemporaryTables {
             l1,
             l2,
             scratch: scratch_at,
