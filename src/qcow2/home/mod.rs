@@ -28,6 +28,10 @@
 //! the tables are written a last time, where they belong; sync; the header; sync; and 4, in which
 //! no refcount has to be written.
 //!
+//! Before all of it, what the survey has read is synced: it may be what an earlier process
+//! wrote before it was killed, and then a crash could bring back an older entry, which leads to
+//! a place that was free when the survey looked, and that has been written to since.
+//!
 //! Whatever of it a crash leaves undone, QEMU reads the same bytes from the image, and finds
 //! nothing in it but leaks, and the next start goes on:
 //!
@@ -269,7 +273,8 @@ impl<F: ImageFile> Survey<'_, F> {
         let scratch_clusters = scratch.0..scratch.0 + u64::from(self.plan.scratch);
         written.insert_all(scratch_clusters.map(HostCluster));
         let mut missing = HostSet::default();
-        missing.insert_all(written.without(&found.counted));
+        // (Some may have leaked, and be counted twice.)
+        missing.insert_all(written.without(&found.used));
         missing.insert_all(found.used.without(&found.counted));
         write_refcounts(io, layout, missing.iter(), 1)?;
         io.sync()?;

@@ -297,23 +297,21 @@ impl<F: ImageFile> Reader<'_, F> {
     }
 
     fn refcount(&mut self, cluster: HostCluster, refcount: u64) -> Result<()> {
-        if refcount > 1 && !self.found.foreign.is_dirty {
+        let is_used = self.found.used.contains(cluster);
+        // An unused one is a leak, whatever its refcount.
+        if refcount > 1 && is_used && !self.found.foreign.is_dirty {
             return Err(self.wrong_refcount(cluster, refcount));
         }
-        if refcount == 1 || !self.found.used.contains(cluster) {
+        if refcount == 1 || !is_used {
             self.found.counted.insert(cluster);
         }
         Ok(())
     }
 
     fn wrong_refcount(&self, cluster: HostCluster, refcount: u64) -> Error {
-        let used = if self.found.used.contains(cluster) {
-            "something leads there"
-        } else {
-            "nothing leads there"
-        };
         self.refused(format!(
-            "the refcount of the cluster at {:#x} is {refcount}, and {used}: {MENDS}",
+            "the refcount of the cluster at {:#x} is {refcount}, and something leads there: \
+             {MENDS}",
             cluster.0.saturating_mul(self.cluster_size())
         ))
     }
