@@ -51,6 +51,14 @@ impl<F: ImageFile> Io<'_, F> {
         })
     }
 
+    /// As `ImageFile::write_synced`.
+    pub fn write_synced(&self, bytes: &[u8], at: u64) -> Result<()> {
+        self.file.write_synced(bytes, at).map_err(|e| {
+            let len = bytes.len() as u64;
+            self.name.write_failed_at(e, "writing to", at, len)
+        })
+    }
+
     /// Does not overlap, and what is read lies within the file.
     pub fn copy(&self, from: u64, to: u64, len: u64) -> Result<()> {
         self.file.copy(from, to, len).map_err(|e| {

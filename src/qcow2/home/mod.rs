@@ -32,6 +32,8 @@
 //! wrote before it was killed, and then a crash could bring back an older entry, which leads to
 //! a place that was free when the survey looked, and that has been written to since.
 //!
+//! The mark of a run is set before the first change, and cleared after the last sync.
+//!
 //! Whatever of it a crash leaves undone, QEMU reads the same bytes from the image, and finds
 //! nothing in it but leaks, and the next start goes on:
 //!
@@ -230,6 +232,10 @@ impl<F: ImageFile> Survey<'_, F> {
             tell,
         };
         io.sync()?;
+        self.set_mark(true)?;
+        if matches!(self.way, Way::Copied(_)) {
+            self.forget_samples()?;
+        }
         // All that is read lies in the file then.
         io.set_size(self.found.end_of_all().0 * layout.cluster_size())?;
         let freed = match &self.way {
@@ -251,7 +257,31 @@ impl<F: ImageFile> Survey<'_, F> {
         self.give_back(&freed)?;
         io.set_size(layout.end)?;
         io.sync()?;
+        self.set_mark(false)?;
         Ok(mover.progress)
+    }
+
+    /// Marks the image as one that is being changed, as a run does: after an error the next
+    /// start must not rely on what the system only has in its memory. The mark of a run
+    /// that has not ended well stays.
+    fn set_mark(&self, is_set: bool) -> Result<()> {
+        let Some(mark) = self.header().in_use.filter(|mark| !mark.is_set) else {
+            return Ok(());
+        };
+        let bytes = u32::from(is_set).to_be_bytes();
+        self.io().write_synced(&bytes, mark.at)
+    }
+
+    /// QEMU puts all tables elsewhere when it has emptied the image, because what was in it
+    /// is in the base now (`qemu-img commit`). So blocks that are *base* again may have other
+    /// bytes there than the samples say. They are taken anew by who connects first.
+    fn forget_samples(&self) -> Result<()> {
+        let header = Header {
+            samples: Vec::new(),
+            ..self.header().clone()
+        };
+        let mut parts = header.fingerprint().into_iter();
+        parts.try_for_each(|(at, bytes)| self.io().write(&bytes, at))
     }
 
     fn io(&self) -> Io<'_, F> {
