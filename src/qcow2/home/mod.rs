@@ -7,9 +7,6 @@
 //!
 //! # The order of writes
 //!
-//! First of all a sync: what was read here is what a crash leaves, and not something newer of which
-//! the disk does not know yet.
-//!
 //! If the tables are at home (a guest was booted from the image, say) they are changed in
 //! place:
 //!
@@ -28,7 +25,7 @@
 //! the tables are written a last time, where they belong; sync; the header; sync; and 4, in which
 //! no refcount has to be written.
 //!
-//! Before all of it, what the survey has read is synced: it may be what an earlier process
+//! Before all of this, what the survey has read is synced: it may be what an earlier process
 //! wrote before it was killed, and then a crash could bring back an older entry, which leads to
 //! a place that was free when the survey looked, and that has been written to since.
 //!
