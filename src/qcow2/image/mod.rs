@@ -48,13 +48,13 @@
 //! `commits` (with its condition variable) decides who flushes and is held for
 //! moments only; `writer` is held through a flush, by the one who commits for the group;
 //! a shard of `dirty` is the innermost of all: it is held while the block map
-//! changes, which takes no lock, and nothing else is taken under it. A shard of
-//! `reserved`, `unreserved` and `described` are taken in this order, for moments, and nothing
-//! else is taken under them. Who changes blocks takes their stripe before a shard, a
-//! flush takes no stripe. That of the mark is held while the mark is written, and nothing
-//! is taken under it.
+//! changes, which takes no lock, and nothing else is taken under it. `unreserved` is held
+//! for moments, and nothing else is taken under it. Who changes blocks takes their stripe
+//! before a shard, a flush takes no stripe. That of the mark is held while the mark is
+//! written, and nothing is taken under it.
 
 mod flush;
+mod group_set;
 mod load;
 mod mark;
 mod space;
@@ -71,6 +71,7 @@ use super::layout::Layout;
 use crate::error::Result;
 use crate::overlay_file::OverlayFile;
 use crate::sync::{Condvar, Mutex, locked};
+use group_set::GroupSet;
 use mark::Mark;
 
 /// Changes are kept for so many clusters together, 1 KiB of L2 entries: a leaf
@@ -93,11 +94,10 @@ pub struct Image<F> {
     mark: Mark,
     /// Dirty clusters: their words have changed since they were last flushed.
     dirty: Vec<Mutex<ClusterSet>>,
-    /// Groups whose tables have been given space: a bit each, by the number of 64 of
-    /// them.
-    reserved: Vec<Mutex<ClusterSet>>,
-    /// Groups that had entries when the image was opened, in the same way.
-    described: Mutex<ClusterSet>,
+    /// Groups whose tables have been given space.
+    reserved: GroupSet,
+    /// Groups that had entries when the image was opened.
+    described: GroupSet,
     /// Groups that have changed though they could not be given space.
     unreserved: Mutex<BTreeSet<u64>>,
     writer: Mutex<Writer>,
@@ -208,6 +208,7 @@ impl<F: ImageFile> Image<F> {
     }
 
     fn new(file: F, name: OverlayFile, header: &Header) -> Self {
+        let groups = header.layout.guest_clusters().div_ceil(CLUSTERS_PER_GROUP);
         Image {
             file,
             name,
@@ -219,8 +220,8 @@ impl<F: ImageFile> Image<F> {
                 current: header.export,
             }),
             dirty: (0..SHARDS).map(|_| Mutex::default()).collect(),
-            reserved: (0..SHARDS).map(|_| Mutex::default()).collect(),
-            described: Mutex::default(),
+            reserved: GroupSet::new(groups),
+            described: GroupSet::new(groups),
             unreserved: Mutex::default(),
             writer: Mutex::new(Writer {
                 used: ClusterSet::new(),

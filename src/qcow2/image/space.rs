@@ -6,12 +6,10 @@ use std::ops::Range;
 
 use super::super::file::ImageFile;
 use super::super::layout::{ENTRY_LEN, GuestCluster, REFCOUNT_LEN};
-use super::{CLUSTERS_PER_GROUP, ClusterSet, Image, SHARDS, ones};
+use super::group_set::GROUPS_PER_WORD;
+use super::{CLUSTERS_PER_GROUP, Image, ones};
 use crate::error::Result;
-use crate::sync::{Mutex, locked};
-
-/// Groups that are remembered together, as the bits of a word.
-const GROUPS_PER_WORD: u64 = 64;
+use crate::sync::locked;
 
 impl<F: ImageFile> Image<F> {
     /// Takes the space for the tables of `clusters`. ENOSPC if there is none.
@@ -21,7 +19,10 @@ impl<F: ImageFile> Image<F> {
     /// who discards may do so to make room. Flushes write those entries last.
     ///
     /// No lock is held while the file system works. Two who take the same space do no
-    /// harm.
+    /// harm. Nor is one held to see that there is space, which nearly every write does. Who
+    /// sees the bit relies on nothing but that the file system was asked before, whoever
+    /// asked it: the bit is set when it has answered (*release*), and space is never given
+    /// back. Who does not see it yet asks once more.
     pub fn reserve(&self, clusters: Range<GuestCluster>, is_discard: bool) -> Result<()> {
         let groups =
             clusters.start.0 / CLUSTERS_PER_GROUP..clusters.end.0.div_ceil(CLUSTERS_PER_GROUP);
@@ -30,8 +31,7 @@ impl<F: ImageFile> Image<F> {
             let from = groups.start.max(first) - first;
             let to = groups.end.min(first + GROUPS_PER_WORD) - first;
             let wanted = (u64::MAX >> (GROUPS_PER_WORD - (to - from))) << from;
-            let reserved = locked(self.reserved(key)).get(&key).copied();
-            let missing = wanted & !reserved.unwrap_or(0);
+            let missing = wanted & !self.reserved.word(key);
             if missing != 0 {
                 self.reserve_missing(key, missing, is_discard)?;
             }
@@ -47,26 +47,25 @@ impl<F: ImageFile> Image<F> {
         let end = first + GROUPS_PER_WORD - u64::from(missing.leading_zeros());
         let groups = |bits| ones(bits).map(|i| first + i);
         let taken = self.take_space(start..end);
-        // Both are changed under one hold, or a group that another has given space
-        // meanwhile would be among the unreserved ones for good.
-        let mut reserved = locked(self.reserved(key));
-        let reserved = reserved.entry(key).or_default();
+        // Under the hold, or a group that another has given space meanwhile would be among
+        // the unreserved ones for good.
         let mut unreserved = locked(&self.unreserved);
         match taken {
             Ok(()) => {
-                *reserved |= missing;
+                self.reserved.insert(key, missing)?;
                 for group in groups(missing) {
                     unreserved.remove(&group);
                 }
                 Ok(())
             }
             Err(e) => {
-                let described = locked(&self.described).get(&key).copied().unwrap_or(0);
-                if !is_discard || missing & !(described | *reserved) != 0 {
+                let reserved = self.reserved.word(key);
+                let described = self.described.word(key);
+                if !is_discard || missing & !(described | reserved) != 0 {
                     return Err(e);
                 }
                 log::debug!("discards all the same: {e}");
-                unreserved.extend(groups(missing & !*reserved));
+                unreserved.extend(groups(missing & !reserved));
                 Ok(())
             }
         }
@@ -94,16 +93,5 @@ impl<F: ImageFile> Image<F> {
             })?;
         }
         Ok(())
-    }
-
-    /// Takes note, while the image is loaded, that a group has entries.
-    pub(super) fn note_described(&self, group: u64) {
-        *locked(&self.described)
-            .entry(group / GROUPS_PER_WORD)
-            .or_default() |= 1 << (group % GROUPS_PER_WORD);
-    }
-
-    fn reserved(&self, key: u64) -> &Mutex<ClusterSet> {
-        &self.reserved[(key % SHARDS as u64) as usize]
     }
 }

@@ -86,6 +86,12 @@ impl Content {
             .map(|(number, sector)| (number * SECTOR, &**sector))
     }
 
+    /// The first byte at or behind `offset` that is there, if there is one.
+    pub fn next_present(&self, offset: u64) -> Option<u64> {
+        let (number, _) = self.sectors.range(offset / SECTOR..).next()?;
+        Some(offset.max(number * SECTOR))
+    }
+
     pub fn apply(&mut self, change: &Change) {
         let range = change.range();
         assert!(range.end <= self.size, "the file does not grow: {range:?}");

@@ -14,6 +14,7 @@ mod faults;
 mod flushes;
 mod layout;
 mod mark;
+mod opening;
 mod random;
 mod reader;
 mod recorder;

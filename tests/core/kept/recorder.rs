@@ -2,7 +2,7 @@
 //! and can be held in the middle.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nbdkit_cow_filter::qcow2::file::ImageFile;
@@ -81,6 +81,9 @@ struct Inner {
     gate: Gate,
     is_full: AtomicBool,
     sizes: AtomicUsize,
+    reserves: AtomicUsize,
+    tells_holes: AtomicBool,
+    read: AtomicU64,
 }
 
 #[derive(Clone, Default)]
@@ -147,6 +150,21 @@ impl Recorder {
     /// How often its size was asked for.
     pub fn sizes(&self) -> usize {
         self.0.sizes.load(Ordering::SeqCst)
+    }
+
+    /// How often space was to be taken in advance.
+    pub fn reserves(&self) -> usize {
+        self.0.reserves.load(Ordering::SeqCst)
+    }
+
+    /// From now on it tells what is a hole.
+    pub fn tell_holes(&self) {
+        self.0.tells_holes.store(true, Ordering::SeqCst);
+    }
+
+    /// How many bytes were read since this was asked last.
+    pub fn read_bytes(&self) -> u64 {
+        self.0.read.swap(0, Ordering::SeqCst)
     }
 
     /// From now on that step has to wait at the gate.
@@ -236,6 +254,7 @@ impl ImageFile for Recorder {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read.fetch_add(buf.len() as u64, Ordering::SeqCst);
         let state = self.state();
         if offset + buf.len() as u64 > state.content.size {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -264,10 +283,21 @@ impl ImageFile for Recorder {
     }
 
     fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        self.0.reserves.fetch_add(1, Ordering::SeqCst);
         match self.0.is_full.load(Ordering::SeqCst) {
             true => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
             false => Ok(()),
         }
+    }
+
+    fn next_stored(&self, offset: u64) -> Option<u64> {
+        let tells = self.0.tells_holes.load(Ordering::SeqCst);
+        tells.then(|| {
+            self.state()
+                .content
+                .next_present(offset)
+                .unwrap_or(u64::MAX)
+        })
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {

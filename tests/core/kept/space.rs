@@ -53,6 +53,31 @@ fn what_finds_no_space_for_its_tables_is_refused_before_it_can_spoil_a_flush() {
     assert_settled(&disk, &Qemu::new(1));
 }
 
+/// Each time it is two calls of the file system, which nearly every write goes without.
+#[test]
+fn space_for_tables_is_taken_once() {
+    let mut disk = Disk::new(SMALL_BLOCKS.0, BLOCK);
+    let mut taken = 0;
+    let last = (SMALL_BLOCKS.0 - 1) / GROUP;
+    for group in [0, 1, 63, 64, last] {
+        for at in [0, BLOCK, GROUP / 2, 0] {
+            let at = group * GROUP + at;
+            if at + BLOCK <= SMALL_BLOCKS.0 {
+                disk.run(&[write(at, 1)]);
+            }
+        }
+        taken += 2;
+        assert_eq!(disk.recorder.reserves(), taken, "group {group}");
+    }
+    // Of all that lies between two groups at once.
+    let (at, len, how) = (0, SMALL_BLOCKS.0, DISCARD);
+    disk.run(&[Zero { at, len, how }]);
+    let words = last / 64 + 1;
+    assert_eq!(disk.recorder.reserves(), taken + 2 * words as usize);
+    disk.run(&[write(GROUP * 40, 1), write(GROUP * 100, 1), Flush]);
+    assert_eq!(disk.recorder.reserves(), taken + 2 * words as usize);
+}
+
 #[test]
 fn a_request_for_much_does_what_there_is_space_for() {
     for how in [DISCARD, Zeroing::Trim] {
