@@ -10,7 +10,7 @@
 //! Dependencies point one way, down this list:
 //!
 //! - [`report`], [`plot`]: what the rows look like
-//! - [`workloads`], [`kept`], [`disks`], [`reclaim`], [`maps`], [`hosts`], [`instructions`]: the rows, each a
+//! - [`workloads`], [`kept`], [`opening`], [`disks`], [`reclaim`], [`maps`], [`hosts`], [`instructions`]: the rows, each a
 //!   function to measure with
 //! - [`processor`]: what the requests of a load cost
 //! - [`lab`]: directories, disks, and cells of a load
@@ -40,6 +40,7 @@ mod lab;
 mod machine;
 mod maps;
 mod nbd;
+mod opening;
 mod plot;
 mod processor;
 mod reclaim;
@@ -112,10 +113,11 @@ fn bench(effort: &Effort, only: &str) -> Result<Vec<Failed>, Box<dyn std::error:
 type Part = fn(&Effort) -> Result<Vec<Row>, String>;
 
 /// One after the other: each gives back its files before the next makes its own.
-const PARTS: [(&str, Part); 8] = [
+const PARTS: [(&str, Part); 9] = [
     ("tmpfs", workloads::on_memory),
     ("disk", workloads::on_disk),
     ("kept", kept::all),
+    ("opening", opening::all),
     ("whole", disks::all),
     ("reclaim", reclaim::all),
     ("maps", maps::all),

@@ -8,13 +8,20 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
+use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nbdkit_cow_filter::base::{Allocation, Base, Extent};
 use nbdkit_cow_filter::block::{BlockSize, ByteRange};
 use nbdkit_cow_filter::error::Result;
+use nbdkit_cow_filter::kept::KeptStore;
 use nbdkit_cow_filter::overlay::{Overlay, Store, Zeroing};
+use nbdkit_cow_filter::qcow2::file::ImageFile;
+use nbdkit_cow_filter::qcow2::header::Header;
+use nbdkit_cow_filter::qcow2::image::Image;
+use nbdkit_cow_filter::qcow2::layout;
 
 use super::server::resident;
 
@@ -109,6 +116,43 @@ impl Store for Nothing {
     }
 }
 
+impl ImageFile for Nothing {
+    fn size(&self) -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
+
+    fn set_size(&self, _size: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        black_box((buf, offset));
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        black_box((buf, offset));
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_synced(&self, _buf: &[u8], _offset: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn punch(&self, _offset: u64, _len: u64) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    fn zero_range(&self, _offset: u64, _len: u64) -> io::Result<bool> {
+        Ok(true)
+    }
+}
+
 /// Prints one number: allocations, or bytes of memory.
 pub fn main(arguments: &[String]) -> ExitCode {
     let [what, count] = arguments else {
@@ -147,9 +191,11 @@ fn allocations(what: &str, count: u64) -> Result<u64> {
     let size = 1 << 40;
     let (base, store) = (Nothing(size), Nothing(size));
     let overlay = Overlay::new(size, block_size(), Nothing(size));
+    let kept = kept(size)?;
     let mut buffer = [1; BLOCK as usize];
     for block in 0..PREPARED {
         overlay.write(&base, &buffer, block * BLOCK)?;
+        kept.write(&base, &buffer, block * BLOCK)?;
     }
     let again = |index: u64| index % PREPARED * BLOCK;
     // Here and there, and none twice: a step that is odd comes everywhere in a power of two.
@@ -164,6 +210,8 @@ fn allocations(what: &str, count: u64) -> Result<u64> {
             "write-fresh" => overlay.write(&base, &buffer, fresh(index))?,
             "write-far" => overlay.write(&base, &buffer, far(index))?,
             "write-again" => overlay.write(&base, &buffer, again(index))?,
+            "kept-fresh" => kept.write(&base, &buffer, fresh(index))?,
+            "kept-again" => kept.write(&base, &buffer, again(index))?,
             "call-base" => Base::read(&base, &mut buffer, fresh(index))?,
             "call-store-read" => Store::read(&store, &mut buffer, again(index))?,
             "call-store-write" => Store::write(&store, &buffer, fresh(index))?,
@@ -171,6 +219,21 @@ fn allocations(what: &str, count: u64) -> Result<u64> {
         }
     }
     Ok(ALLOCATIONS.load(Ordering::Relaxed) - before)
+}
+
+/// An overlay that is kept, in a file that does nothing.
+fn kept(size: u64) -> Result<Overlay<KeptStore<Nothing>>> {
+    let header = Header::new(
+        layout::Layout::new(size, block_size())?,
+        b"disk.img".to_vec(),
+        None,
+    );
+    let image = Image::create(Nothing(size), Path::new("diff.qcow2"), &header)?;
+    Ok(Overlay::new(
+        size,
+        block_size(),
+        KeptStore::new(image, true),
+    ))
 }
 
 /// What memory grows by when every second one of `count` blocks is changed.

@@ -72,7 +72,7 @@ impl Counter {
 }
 
 /// What is counted; the call alone that is subtracted; title.
-const CORE: [(&str, &str, &str); 5] = [
+const CORE: [(&str, &str, &str); 7] = [
     ("read-base", "call-base", "4K read of the base"),
     ("read-data", "call-store-read", "4K read of written data"),
     (
@@ -89,6 +89,16 @@ const CORE: [(&str, &str, &str); 5] = [
         "write-far",
         "call-store-write",
         "4K write, the first to 8M of the disk",
+    ),
+    (
+        "kept-fresh",
+        "call-store-write",
+        "4K write to a fresh block, overlay kept",
+    ),
+    (
+        "kept-again",
+        "call-store-write",
+        "4K write to a written block, overlay kept",
     ),
 ];
 

@@ -19,11 +19,11 @@ use super::fio::Job;
 use super::lab::{DISK, Lab, MEMORY, scratch};
 use super::nbd::Request;
 use super::processor::{self, scattered};
-use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row, Spread};
+use super::runner::{self, Cell, Effort, Failure, Kind, Measured, Row};
 use super::server::Server;
 use super::systems::{Setup, System, sparse};
 
-const BLOCK: u64 = 4096;
+pub const BLOCK: u64 = 4096;
 
 /// It takes a minute and more; that it is not done by then says enough.
 const REBASE: Duration = Duration::from_secs(15);
@@ -34,7 +34,6 @@ pub fn all(effort: &Effort) -> Result<Vec<Row>, String> {
         rows.extend(flushes(DISK, effort)?);
     }
     rows.push(save(effort)?);
-    rows.push(resume(effort)?);
     for place in [MEMORY, DISK] {
         rows.push(move_home(place, effort)?);
     }
@@ -138,34 +137,6 @@ fn rebase(server: &Server, disk: &Path, place: &Path) -> Result<Duration, String
     let took = start.elapsed();
     std::fs::remove_file(&diff).map_err(|error| format!("the diff: {error}"))?;
     Ok(took)
-}
-
-fn resume(effort: &Effort) -> Result<Row, String> {
-    let scratch = scratch(MEMORY)?;
-    let place = scratch.path();
-    let disk = place.join("disk.img");
-    let size = 1 << 40;
-    sparse(&disk, size)?;
-    let image = place.join("diff.qcow2");
-    let made = make_image(&image, size).map_err(|error| format!("an image: {error}"));
-    made?;
-    let setup = Setup::disk(&disk).resuming(&image);
-    let cell = Cell {
-        id: "kept-resume".into(),
-        title: "start-up with an image of a 1T disk, 1 % of it written".into(),
-        kind: Kind::Amount("ms"),
-        rounds: effort.rounds,
-        systems: vec![System::Kept, System::QemuKept],
-        measure: Box::new(|system| {
-            let mut times = Vec::new();
-            for _ in 0..3 {
-                let server = setup.start(system, place)?;
-                times.push(server.start_up.as_secs_f64() * 1e3);
-            }
-            Ok(Spread::of(times).expect("a time").median)
-        }),
-    };
-    Ok(runner::run_one(cell))
 }
 
 /// Start-up with an image to which qemu has written, beside a copy of the same image. Both
@@ -282,7 +253,7 @@ fn first_connection(effort: &Effort) -> Result<Vec<Row>, String> {
 
 /// Makes an image as nbdkit would leave it after writing to 1 % of the disk, but for
 /// the 10G of data, which a start does not look at.
-fn make_image(path: &Path, size: u64) -> nbdkit_cow_filter::error::Result<()> {
+pub fn make_image(path: &Path, size: u64) -> nbdkit_cow_filter::error::Result<()> {
     let block_size = BlockSize::new(BLOCK).expect("a power of two");
     let layout = Layout::new(size, block_size)?;
     let header = Header::new(layout, b"disk.img".to_vec(), None);
