@@ -8,8 +8,8 @@
 # "sudo make deps", where the toolchain is another user's).
 #
 # For the tests it also has cargo fetch what is built only in their course, so that
-# a network that is out of reach ends them before they begin. nginx is fetched, not
-# installed.
+# a network that is out of reach ends them before they begin. nginx, a second QEMU and
+# a guest are fetched, not installed.
 #
 # When nothing is missing it asks dpkg and cargo and ends: no network, no root.
 . "$(dirname -- "$0")/common.sh"
@@ -228,6 +228,8 @@ fi
 case $part in
 check)
     "$root/packaging/nginx.sh"
+    "$root/packaging/qemu.sh"
+    "$root/packaging/guest.sh"
     # A tree with vendor/ has them.
     [ -d "$root/vendor" ] || fetch_crates
     ;;
