@@ -9,6 +9,7 @@ pub mod log;
 pub mod mount;
 mod nginx;
 pub mod python;
+pub mod qemu;
 pub mod server;
 pub mod setup;
 pub mod storage;

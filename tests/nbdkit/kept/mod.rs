@@ -15,6 +15,7 @@ mod lost;
 mod names;
 mod places;
 mod qemu;
+mod random_qemu;
 mod resume;
 mod served;
 mod small;

@@ -1,0 +1,3 @@
+use super::disk::Disk;
+use super::random::Random;
+pub fn write(_: &mut Disk, _: &mut Random) {}
