@@ -15,7 +15,8 @@ make check-versions builds and tests it, packages too, in small systems of Debia
 make check-v2v      has virt-v2v convert a guest in a Debian 13 system, with the C filter
                     and with this one, and writes docs/v2v.md (ten minutes)
 make crash          looks at what crashes leave of a kept overlay, at random, until
-                    Ctrl-C; CRASH_SEED= begins with that seed
+                    Ctrl-C; CRASH_SEED= begins with that seed; PART=qemu: at what
+                    QEMU and guests do to its image, killed or not
 make fuzz           installs what is missing, and feeds damaged images to the filter
                     until Ctrl-C or until it finds something
 make bench          installs what is missing, measures, and writes docs/performance

@@ -9,6 +9,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use super::{Disk, assert_refused, attempt_beside, check, compare, name_base, text};
+use crate::harness::qemu::Qemu;
 use crate::harness::{Setup, run, run_in, scratch};
 
 /// A disk with clusters of every kind: of the base alone (from 3M on), with data,
@@ -90,8 +91,12 @@ pub fn assert_resumed(directory: &Path, what: &str) {
 
 /// Each command of a shell with a copy of the pair as its directory. It must succeed.
 pub fn after(disk: &Disk, shell: &str) -> TempDir {
+    after_with(&Qemu::all()[0], disk, shell)
+}
+
+fn after_with(qemu: &Qemu, disk: &Disk, shell: &str) -> TempDir {
     let copy = copy(disk);
-    run_in(copy.path(), &["sh", "-ec", shell]);
+    qemu.run_script(copy.path(), shell);
     copy
 }
 
@@ -102,11 +107,14 @@ pub fn write(command: &str) -> String {
 fn assert_all_resumed(shells: &[String], changes_content: bool) {
     let disk = template();
     let before = fs::read(disk.model()).unwrap();
-    for shell in shells {
-        let copy = after(&disk, shell);
-        let is_changed = converted(copy.path()) != before;
-        assert_eq!(is_changed, changes_content, "{shell}");
-        assert_resumed(copy.path(), shell);
+    for qemu in Qemu::all() {
+        for shell in shells {
+            let what = format!("{shell} ({})", qemu.name());
+            let copy = after_with(qemu, &disk, shell);
+            let is_changed = converted(copy.path()) != before;
+            assert_eq!(is_changed, changes_content, "{what}");
+            assert_resumed(copy.path(), &what);
+        }
     }
 }
 

@@ -55,6 +55,11 @@ const CLIENT: &str = r#"
 impl Disk {
     /// Starts nbdkit on the image, has a client look at it and write to it, and ends it.
     pub fn serve(&mut self, random: &mut Random, end: End) {
+        self.serve_from(0, random, end);
+    }
+
+    /// As [`Disk::serve`], with nothing written before `first`.
+    pub fn serve_from(&mut self, first: u64, random: &mut Random, end: End) {
         self.note(format!("nbdkit: {end:?}"));
         if self.image().exists() {
             self.keep_copy();
@@ -69,7 +74,7 @@ impl Disk {
         ];
         self.write_expected();
         let server = Setup::new().start(&words.each_ref().map(String::as_str));
-        let client = self.requests(random, self.block, end);
+        let client = self.requests(first, random, self.block, end);
         let mut client = self.client(&server.socket(), &client);
         match end {
             End::Clean => {
@@ -113,8 +118,15 @@ impl Disk {
     }
 
     /// Random requests, which the model has as well, for [`Disk::client`]: the lines for
-    /// it, and the bytes that are to be written. Discards are of whole units.
-    pub fn requests(&mut self, random: &mut Random, unit: u64, end: End) -> (String, Vec<u8>) {
+    /// it, and the bytes that are to be written. Discards are of whole units. Nothing is
+    /// written before `first`.
+    pub fn requests(
+        &mut self,
+        first: u64,
+        random: &mut Random,
+        unit: u64,
+        end: End,
+    ) -> (String, Vec<u8>) {
         let (mut lines, mut sent) = (String::new(), Vec::new());
         let mut add = |kind: &str, start: u64, length: u64| {
             writeln!(lines, "{kind} {start} {length}").expect("a string");
@@ -122,6 +134,9 @@ impl Disk {
         for _ in 0..10 + random.below(15) {
             let kind = random.among(&["write", "write", "write", "zero", "keep", "trim"]);
             let (start, length) = self.span(random, if kind == "trim" { unit } else { 1 });
+            if start < first {
+                continue;
+            }
             add(kind, start, length);
             let bytes = match kind {
                 "write" => self.bytes(random, length),

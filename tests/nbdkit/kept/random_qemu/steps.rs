@@ -152,7 +152,7 @@ fn killed_qemu_io(disk: &mut Disk, qemu: &Qemu, random: &mut Random) {
 
 impl Disk {
     /// To be asked before, because refcounts are lazy while it runs.
-    fn will_be_killed(&mut self) {
+    pub fn will_be_killed(&mut self) {
         let left = if self.has_lazy_refcounts() {
             Flaws::WrongRefcounts
         } else {
@@ -183,7 +183,7 @@ impl Disk {
     }
 }
 
-fn kill(child: &mut Child) {
+pub fn kill(child: &mut Child) {
     kill_group(child);
     child.wait().expect("wait for a child");
 }
@@ -199,7 +199,7 @@ fn serve_by_qemu(disk: &mut Disk, qemu: &Qemu, requests: &(String, Vec<u8>)) {
 
 fn served(disk: &mut Disk, qemu: &Qemu, random: &mut Random) {
     disk.write_expected();
-    let (lines, sent) = disk.requests(random, 1, End::Clean);
+    let (lines, sent) = disk.requests(0, random, 1, End::Clean);
     // What a trim leaves is another step's.
     let lines = lines.replace("trim", "zero");
     serve_by_qemu(disk, qemu, &(lines, sent));
@@ -221,7 +221,7 @@ fn killed_qemu_nbd(disk: &mut Disk, qemu: &Qemu, random: &mut Random) {
     disk.write_expected();
     disk.will_be_killed();
     let mut qemu_nbd = disk.qemu_nbd(qemu);
-    let (lines, sent) = disk.requests(random, 1, End::Killed);
+    let (lines, sent) = disk.requests(0, random, 1, End::Killed);
     let lines = lines.replace("trim", "zero");
     let mut client = disk.client(&disk.path("socket"), &(lines, sent));
     disk.kill_while_it_sends(&mut client, random, || kill(&mut qemu_nbd));
