@@ -165,9 +165,7 @@ impl Disk {
     pub fn fly(&mut self, random: &mut Random) -> Vec<(usize, Vec<u8>)> {
         let step = 512 * (200 + random.below(500));
         let mut places: Vec<_> = (0..self.size / step - 1).collect();
-        for place in (1..places.len()).rev() {
-            places.swap(place, random.below(place as u64 + 1) as usize);
-        }
+        random.shuffle(&mut places);
         places.truncate(60);
         let flying: Vec<_> = places
             .into_iter()

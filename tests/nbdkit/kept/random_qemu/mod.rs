@@ -31,6 +31,14 @@ use crate::harness::qemu::Qemu;
 
 const ROUNDS: u64 = 10;
 
+impl Random {
+    fn shuffle<T>(&mut self, list: &mut [T]) {
+        for place in (1..list.len()).rev() {
+            list.swap(place, self.below(place as u64 + 1) as usize);
+        }
+    }
+}
+
 fn go_on_with_qemu(seed: u64, block: u64, guests: bool) {
     let mut random = Random::new(seed);
     // No whole number of clusters, and one in two no whole number of sectors.
@@ -50,9 +58,7 @@ fn go_on_with_qemu(seed: u64, block: u64, guests: bool) {
     if guests {
         deck.extend(guest::STEPS.iter().map(|step| (step, &qemus[0])));
     }
-    for place in (1..deck.len()).rev() {
-        deck.swap(place, random.below(place as u64 + 1) as usize);
-    }
+    random.shuffle(&mut deck);
     disk.serve(&mut random, End::Clean);
     let mut round = 0;
     while round < ROUNDS || !deck.is_empty() {

@@ -26,7 +26,7 @@ macro_rules! steps {
 }
 
 pub const STEPS: &[Step] = steps! {
-    write write_and_zero write_in_order discard killed_qemu_io
+    write write_and_zero write_in_order fill_in_another_order discard killed_qemu_io
     served served_and_trimmed killed_qemu_nbd
     commit commit_and_empty
     rebase_to_another_path rebase_to_a_copy rebase_to_another_disk
@@ -90,21 +90,36 @@ fn write_and_zero(disk: &mut Disk, qemu: &Qemu, random: &mut Random) {
 
 /// A guest that installs its system: one cluster after the other, from somewhere on.
 fn write_in_order(disk: &mut Disk, qemu: &Qemu, random: &mut Random) {
-    let cluster = disk.cluster();
-    let count = (disk.size / cluster).min(4 + random.below(60));
-    let first = random.below(disk.size / cluster - count + 1);
-    let is_backwards = random.below(2) == 0;
+    let count = disk.size / disk.cluster();
+    let first = random.below(count);
+    let mut clusters: Vec<_> = (first..count.min(first + 64)).collect();
+    if random.below(2) == 0 {
+        clusters.reverse();
+    }
+    write_clusters(disk, qemu, random, &clusters);
+}
+
+/// Clusters of an empty image, so that most lie where another one belongs, which lies
+/// where a third one belongs, and so on: in circles, or in a long chain.
+fn fill_in_another_order(disk: &mut Disk, qemu: &Qemu, random: &mut Random) {
+    commit_and_empty(disk, qemu, random);
+    let count = (disk.size / disk.cluster()).min(100);
+    let mut clusters: Vec<_> = (0..count).collect();
+    if random.below(3) == 0 {
+        clusters.rotate_left(1 + random.below(3) as usize);
+    } else {
+        random.shuffle(&mut clusters);
+    }
+    write_clusters(disk, qemu, random, &clusters);
+}
+
+fn write_clusters(disk: &mut Disk, qemu: &Qemu, random: &mut Random, clusters: &[u64]) {
     let mut commands = Vec::new();
-    for number in 0..count {
-        let turn = if is_backwards {
-            count - 1 - number
-        } else {
-            number
-        };
-        let start = ((first + turn) * cluster) as usize;
-        let length = random.among(&[512, disk.block, cluster]);
+    for (number, cluster) in clusters.iter().enumerate() {
+        let start = (cluster * disk.cluster()) as usize;
+        let length = random.among(&[512, disk.block, disk.cluster()]);
         let bytes = noise(random.next(), length as usize);
-        commands.push(disk.write_command(number, start, &bytes));
+        commands.push(disk.write_command(number as u64, start, &bytes));
         disk.set(start, &bytes);
     }
     disk.qemu_io(qemu, &commands);
