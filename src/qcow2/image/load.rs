@@ -86,10 +86,9 @@ impl<F: ImageFile> Image<F> {
         let load_part = || {
             let mut part = Part::default();
             let loaded = self.load_part(&unread, &each, &mut part);
-            loaded.map(|()| part).map_err(|failed| {
-                locked(&unread).at = u64::MAX;
-                failed
-            })
+            loaded
+                .map(|()| part)
+                .inspect_err(|_| locked(&unread).at = u64::MAX)
         };
         let parts: Vec<_> = thread::scope(|scope| {
             let start = |_| thread::Builder::new().spawn_scoped(scope, load_part).ok();
