@@ -228,11 +228,9 @@ impl<F: ImageFile> Survey<'_, F> {
             },
             tell,
         };
+        self.forget_fingerprint()?;
         io.sync()?;
         self.set_mark(true)?;
-        if matches!(self.way, Way::Copied(_)) {
-            self.forget_samples()?;
-        }
         // All that is read lies in the file then.
         io.set_size(self.found.end_of_all().0 * layout.cluster_size())?;
         let freed = match &self.way {
@@ -269,15 +267,16 @@ impl<F: ImageFile> Survey<'_, F> {
         self.io().write_synced(&bytes, mark.at)
     }
 
-    /// QEMU puts all tables elsewhere when it has emptied the image, because what was in it
-    /// is in the base now (`qemu-img commit`). So blocks that are *base* again may have other
-    /// bytes there than the samples say. They are taken anew by who connects first.
-    fn forget_samples(&self) -> Result<()> {
-        let header = Header {
-            samples: Vec::new(),
-            ..self.header().clone()
-        };
-        let mut parts = header.fingerprint().into_iter();
+    /// What is *base* in an image that was emptied has other bytes than when the fingerprint was
+    /// taken. It has to be on the disk before anything else is: the next start would not know.
+    fn forget_fingerprint(&self) -> Result<()> {
+        let header = &self.found.foreign.header;
+        if !self.found.may_have_been_emptied || header.samples.is_empty() {
+            return Ok(());
+        }
+        let mut without = header.clone();
+        without.samples.clear();
+        let mut parts = without.fingerprint().into_iter();
         parts.try_for_each(|(at, bytes)| self.io().write(&bytes, at))
     }
 

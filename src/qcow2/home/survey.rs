@@ -35,6 +35,9 @@ pub struct Findings {
     pub l2: Vec<u64>,
     /// The tables lie where this filter has them.
     pub is_home: bool,
+    /// `qemu-img commit` may have emptied it: the file is shorter, or an L2 table is not where
+    /// it was. Then its base has what was in it.
+    pub may_have_been_emptied: bool,
     /// The L1 table lies at home, but some of it has to be written: the COPIED bit of a
     /// pointer, or zeroes behind the last.
     pub is_l1_stale: bool,
@@ -69,6 +72,7 @@ pub fn read<F: ImageFile>(io: Io<'_, F>) -> Result<Findings> {
             foreign,
             len,
             l2: Vec::new(),
+            may_have_been_emptied: len < layout.end,
             is_l1_stale: false,
             away: Vec::new(),
             amended: Vec::new(),
@@ -196,7 +200,9 @@ impl<F: ImageFile> Reader<'_, F> {
             }
         }
         let home = layout.l1_entries().map(|pointer| pointer & OFFSET);
-        self.found.is_home &= l1.iter().copied().eq(home);
+        let are_l2_tables_home = l1.iter().copied().eq(home);
+        self.found.may_have_been_emptied |= !are_l2_tables_home;
+        self.found.is_home &= are_l2_tables_home;
         self.found.l2 = l1;
         if self.found.is_home {
             let end = tables.l1 + len;
