@@ -52,7 +52,7 @@ has_emulator || die "$place/usr/bin/$emulator does not run: install $emulator."
 # The file system: a shell, and the modules for its disks where they are no part of the
 # kernel.
 files=$place/files
-busybox=$(find "$place/bin" "$place/usr/bin" -name busybox 2>/dev/null)
+busybox=$(find "$place" -path '*/bin/busybox')
 modules=$(find "$place" -type d -path '*/lib/modules/*' -name kernel -prune)
 version=$(basename -- "$(dirname -- "$modules")")
 mkdir -p -- "$files"/{bin,dev,proc} "$files/lib/modules/$version"

@@ -76,7 +76,11 @@ pub fn guest() -> Command {
         .expect("no target/guest/vmlinuz: `make deps` puts there what boots a guest");
     let place = kernel.parent().expect("a file is in a directory");
     let mut guest = if place.join("usr/bin").join(EMULATOR).is_file() {
-        own(place, EMULATOR)
+        let mut guest = own(place, EMULATOR);
+        for firmware in ["usr/share/qemu", "usr/share/seabios"] {
+            guest.arg("-L").arg(place.join(firmware));
+        }
+        guest
     } else {
         command(EMULATOR)
     };
@@ -85,7 +89,8 @@ pub fn guest() -> Command {
         // On every machine the same, and in a chroot.
         .args(["-accel", "tcg", "-m", "192"])
         .args(["-display", "none", "-serial", "stdio"])
-        .args(["-append", "console=ttyS0 panic=-1 quiet"])
+        // A message of the kernel could come in the middle of what the script says.
+        .args(["-append", "console=ttyS0 panic=-1 quiet loglevel=0"])
         .arg("-kernel")
         .arg(&kernel)
         .arg("-initrd")

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use super::random::Random;
 use super::steps::{Step, kill};
 use crate::harness::command::{LIMIT, eventually, spawn, success};
 use crate::harness::qemu::{Qemu, guest};
-use crate::harness::{noise, run_in};
+use crate::harness::{Base, Setup, noise, run_in};
+use crate::kept::{check, text};
 
 pub const STEPS: &[Step] = &[
     Step {
@@ -26,27 +28,25 @@ pub const STEPS: &[Step] = &[
 
 const SECTOR: u64 = 512;
 
-impl Disk {
-    /// The command that boots a guest. Its shell runs the script, in which /dev/vda is the
-    /// image, and /dev/vdc has the bytes.
-    fn boot(&self, script: &str, bytes: &[u8]) -> Command {
-        let mut script = script.as_bytes().to_vec();
-        script.resize(script.len().next_multiple_of(SECTOR as usize), b'\n');
-        let mut bytes = bytes.to_vec();
-        bytes.resize((bytes.len() + 1).next_multiple_of(SECTOR as usize), 0);
-        fs::write(self.path("script"), script).expect("the guest's script");
-        fs::write(self.path("bytes"), bytes).expect("the guest's bytes");
-        let mut guest = guest();
-        guest.current_dir(self.directory());
-        for drive in [
-            &format!("file={IMAGE},format=qcow2,discard=unmap"),
-            "file=script,format=raw,readonly=on",
-            "file=bytes,format=raw,readonly=on",
-        ] {
-            guest.args(["-drive", &format!("if=virtio,{drive}")]);
-        }
-        guest
+/// The command that boots a guest in the directory of an image. Its shell runs the script,
+/// in which /dev/vda is the image, and /dev/vdc has the bytes.
+fn boot(directory: &Path, script: &str, bytes: &[u8]) -> Command {
+    let mut script = script.as_bytes().to_vec();
+    script.resize(script.len().next_multiple_of(SECTOR as usize), b'\n');
+    let mut bytes = bytes.to_vec();
+    bytes.resize((bytes.len() + 1).next_multiple_of(SECTOR as usize), 0);
+    fs::write(directory.join("script"), script).expect("the guest's script");
+    fs::write(directory.join("bytes"), bytes).expect("the guest's bytes");
+    let mut guest = guest();
+    guest.current_dir(directory);
+    for drive in [
+        &format!("file={IMAGE},format=qcow2,discard=unmap"),
+        "file=script,format=raw,readonly=on",
+        "file=bytes,format=raw,readonly=on",
+    ] {
+        guest.args(["-drive", &format!("if=virtio,{drive}")]);
     }
+    guest
 }
 
 /// Lines of a script that write these bytes in sectors of the image, all from one file.
@@ -94,7 +94,7 @@ fn write_with(disk: &mut Disk, random: &mut Random, first: u64, before: &str, by
         }
     }
     script += "sync && echo the guest has written\n";
-    let said = success(&mut disk.boot(&script, &bytes));
+    let said = success(&mut boot(disk.directory(), &script, &bytes));
     assert!(said.contains("the guest has written"), "{said}");
 }
 
@@ -109,7 +109,7 @@ fn die(disk: &mut Disk, random: &mut Random, first: u64) {
         lines.join("\n")
     );
     let said = tempfile::NamedTempFile::new().expect("a file for its serial line");
-    let mut guest = disk.boot(&script, &bytes);
+    let mut guest = boot(disk.directory(), &script, &bytes);
     guest.stdout(said.reopen().expect("that file"));
     guest.stderr(Stdio::inherit());
     disk.will_be_killed();
@@ -192,4 +192,42 @@ fn a_disk_that_a_guest_was_booted_from_is_gone_on_with() {
     disk.check_with(&Qemu::all()[0]);
     assert!(disk.flaws == Flaws::Leaks);
     disk.serve(&mut random, End::Clean);
+}
+
+/// QEMU reads zeroes beyond a base that is shorter than its image.
+#[test]
+fn a_guest_has_all_of_a_disk_that_is_larger_than_its_base() {
+    const SIZE: u64 = 1 << 30;
+    let base = Base::new(&noise(1, 1_000_001));
+    let image = base.directory().join(IMAGE);
+    let overlay = format!("cow-overlay={}", text(&image));
+    let plugin = ["file", base.path(), "truncate=1G", &overlay];
+    let setup = Setup::new().below("truncate");
+    let server = setup.start(&plugin);
+    server.nbdsh("h.pwrite(b'x' * 5000, 700_000)");
+    server.stop();
+
+    let bytes = noise(6, 4096);
+    let script = format!(
+        "blockdev --getsize64 /dev/vda
+        dd if=/dev/vdc of=/dev/vda bs=512 count=8 seek={} conv=notrunc,fsync
+        sync",
+        SIZE / SECTOR - 8
+    );
+    let said = success(&mut boot(base.directory(), &script, &bytes));
+    assert!(said.contains(&SIZE.to_string()), "{said}");
+    check(&image);
+
+    let server = setup.start(&plugin);
+    let code = r#"
+        base, written = open(ARGS[0], "rb").read(), open(ARGS[1], "rb").read(4096)
+        same(h.pread(4096, G - 4096), written)
+        same(h.pread(300_101, 700_000), b"x" * 5000 + base[705_000:] + bytes(100))
+        same(h.pread(M, G - 4096 - M), bytes(M))
+        h.pwrite(written, G - 2048 - 4096)
+    "#;
+    let written = base.directory().join("bytes");
+    server.nbdsh_with(&[base.path(), text(&written)], code);
+    server.stop();
+    check(&image);
 }
