@@ -38,9 +38,13 @@ needed_by_the_emulator() {
 say 'Fetching a kernel for a guest, and what boots it, to be run by the tests only.'
 rm -rf -- "$place"
 mkdir -p -- "$place"
+# The package that names the newest kernel; newer ones are in two parts.
 image=$(apt-cache depends linux-image-cloud-amd64 |
     sed -n 's/^ *Depends: \(linux-image-[^ ]*\)$/\1/p')
-packages=("${image:-linux-image-cloud-amd64}" busybox-static)
+[ -n "$image" ] || die 'There is no linux-image-cloud-amd64 to be had. Run apt-get update as root, then try again.'
+mapfile -t parts < <(apt-cache depends "$image" |
+    sed -n -E 's/^ *Depends: (linux-(binary|modules)-[^ ]*)$/\1/p')
+packages=("$image" "${parts[@]}" busybox-static)
 if ! have "$emulator"; then
     mapfile -t needed < <(needed_by_the_emulator)
     mapfile -t needed < <(missing_packages "${needed[@]}")
@@ -77,7 +81,7 @@ poweroff -f
 INIT
 chmod 755 -- "$files/init"
 
-mv -- "$place"/boot/vmlinuz-* "$kernel"
+find "$place" -type f -name 'vmlinuz*' -exec mv -- {} "$kernel" \;
 (cd -- "$files" && find . | "$busybox" cpio -o -H newc 2>/dev/null) >"$initramfs.new"
 rm -rf -- "${files:?}" "${place:?}/boot" "${modules:?}"
 mv -- "$initramfs.new" "$initramfs"

@@ -39,6 +39,9 @@ pub struct Disk {
     /// What may have been stored after `content`, or not: (offset, bytes). Each sector has
     /// all of it or nothing.
     pub in_flight: Vec<(usize, Vec<u8>)>,
+    /// QEMU was killed: a sector that was in flight may have anything, as QEMU reads it.
+    /// (A new block of which a part was stored can have zeroes in the rest.)
+    pub is_torn: bool,
     pub flaws: Flaws,
     layout: Option<Layout>,
     seed: u64,
@@ -87,6 +90,7 @@ impl Disk {
             block,
             content,
             in_flight: Vec::new(),
+            is_torn: false,
             flaws: Flaws::None,
             layout: None,
             seed,
@@ -207,8 +211,15 @@ impl Disk {
     pub fn settle(&mut self, read: &[u8]) {
         assert_eq!(read.len(), self.content.len());
         let mut new = self.content.clone();
+        let is_torn = std::mem::take(&mut self.is_torn);
         for (start, bytes) in self.in_flight.drain(..) {
-            new[start..start + bytes.len()].copy_from_slice(&bytes);
+            let range = start..start + bytes.len();
+            let may_be = if is_torn {
+                &read[range.clone()]
+            } else {
+                &bytes
+            };
+            new[range].copy_from_slice(may_be);
         }
         if read == self.content {
             return;

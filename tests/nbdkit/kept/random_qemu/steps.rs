@@ -174,6 +174,7 @@ impl Disk {
             Flaws::Leaks
         };
         self.flaws = self.flaws.max(left);
+        self.is_torn = true;
     }
 
     /// Starts qemu-nbd on the image, and waits until it listens.
