@@ -180,12 +180,11 @@ impl<F: ImageFile> Image<F> {
         let image = Self::new(file, name, &header);
         let layout = image.layout;
         let len = Self::len_of(&image.file, &image.name)?;
-        if len < layout.end {
-            return Err(image.name.refused(format!(
-                "it is {len} bytes long, but should be {}: it was truncated, \
-                 or emptied by qemu-img commit (which keeps it as it is with -d)",
-                layout.end
-            )));
+        if len != layout.end {
+            let wanted = layout.end;
+            return Err(image
+                .name
+                .refused(format!("it is {len} bytes long, but should be {wanted}")));
         }
         let pointers = layout.refcount_table_entries();
         let (start, end) = (layout.refcount_table, layout.refcount_blocks);
