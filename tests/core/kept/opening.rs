@@ -231,14 +231,19 @@ fn of_many_mistakes_the_first_is_named() {
     let (size, block) = (TIB, 4096);
     let layout = layout(size, block);
     let image = file(&new_image(size, block), true);
-    let clusters = layout.guest_clusters();
-    let places = [clusters / 5, clusters / 2, clusters - 1];
-    let wrong: Vec<u64> = (0..20).flat_map(|n| places.map(|at| at - 40 * n)).collect();
+    let at_once = 64 * 64;
+    // So much that all threads have begun when they come to the mistakes.
+    for n in 0..500 {
+        put_sound(&image, layout, n * at_once, 1);
+    }
+    // The first is the last of what is read at once, and the others the first of what others
+    // read meanwhile.
+    let wrong = [500 * at_once - 1, 500 * at_once, 501 * at_once];
     for cluster in &wrong {
         put_entry(&image, layout, *cluster, (0, 1));
     }
     let first = wrong.iter().min().expect("there are some");
-    for _ in 0..50 {
+    for _ in 0..20 {
         let refused = resume(&image).err().expect("damaged").to_string();
         let named = format!("cluster {first} of the disk");
         assert!(refused.contains(&named), "{refused}");
