@@ -202,7 +202,12 @@ impl Layout {
     /// lies between them is zero.
     pub fn new_tables(self) -> [(u64, Vec<u8>); 3] {
         let be = |numbers: &mut dyn Iterator<Item = u64>| -> Vec<u8> {
-            numbers.flat_map(u64::to_be_bytes).collect()
+            // Not by bytes, which takes four times as long: for 1P these are 9 MiB.
+            let mut bytes = Vec::new();
+            for number in numbers {
+                bytes.extend_from_slice(&number.to_be_bytes());
+            }
+            bytes
         };
         let ones = 1u16.to_be_bytes().repeat(self.metadata_clusters() as usize);
         [
