@@ -3,12 +3,15 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::process::Command;
+use std::slice;
 
 use tempfile::TempDir;
 
-use super::content::Content;
+use super::content::{Content, SECTOR, Sector};
 use super::crash::{Allowed, Bound, base_sector, explore};
 use super::disk::{BACKING, Disk, resume, sector};
 use super::random::Random;
@@ -36,11 +39,12 @@ impl Qemu {
         }
     }
 
-    /// Errors that it finds in `content`, whose tables end at `data`. It looks at
+    /// Errors that it finds in `content`, whose tables lie in `tables`. It looks at
     /// nothing else, so images that differ elsewhere are shown to it once.
-    fn check(&mut self, content: &Content, data: u64) -> Result<(), String> {
+    pub fn check(&mut self, content: &Content, tables: &[Range<u64>]) -> Result<(), String> {
         let mut hasher = DefaultHasher::new();
-        for sector in content.present(0..data) {
+        content.size.hash(&mut hasher);
+        for sector in present(content, tables) {
             sector.hash(&mut hasher);
         }
         if !self.seen.insert(hasher.finish()) || self.left == 0 {
@@ -48,36 +52,65 @@ impl Qemu {
         }
         self.left -= 1;
         self.shown += 1;
-        match self.run(&["check"], content, data) {
+        match self.run(&["check", "-f", "qcow2"], content, tables) {
             (Some(0 | 3), _) => Ok(()),
             (code, said) => Err(format!("qemu-img check ends with {code:?}: {said}")),
         }
     }
 
     pub fn assert_clean(&self, content: &Content, data: u64) {
-        let (code, said) = self.run(&["check"], content, data);
+        let (code, said) = self.run(
+            &["check", "-f", "qcow2"],
+            content,
+            slice::from_ref(&(0..data)),
+        );
         assert_eq!(code, Some(0), "qemu-img check: {said}");
     }
 
     /// What `qemu-img info` tells of an image.
     pub fn info(&self, content: &Content, data: u64) -> serde_json::Value {
-        let (code, said) = self.run(&["info", "--output=json"], content, data);
+        let words = ["info", "--output=json", "-f", "qcow2"];
+        let (code, said) = self.run(&words, content, slice::from_ref(&(0..data)));
         assert_eq!(code, Some(0), "qemu-img info: {said}");
         serde_json::from_str(&said).expect("JSON")
     }
 
-    fn run(&self, words: &[&str], content: &Content, data: u64) -> (Option<i32>, String) {
-        let path = self.directory.path().join("image");
-        let file = File::create(&path).expect("an image file");
-        file.set_len(content.size).expect("a sparse file");
-        for (at, sector) in content.present(0..data) {
-            file.write_all_at(sector, at).expect("room for it");
+    /// That the disk in `content` has the bytes of `disk`, over a base of zeroes.
+    pub fn compare(&self, content: &Content, disk: &Content) -> Result<(), String> {
+        let name = "disk";
+        let path = self.write(name, disk, slice::from_ref(&(0..disk.size)));
+        let words = ["compare", "-f", "raw", "-F", "qcow2", name];
+        let (code, said) = self.run(&words, content, slice::from_ref(&(0..content.size)));
+        fs::remove_file(path).expect("it is ours");
+        match code {
+            Some(0) => Ok(()),
+            code => Err(format!("qemu-img compare ends with {code:?}: {said}")),
         }
-        drop(file);
+    }
+
+    /// Makes a file of what lies in `ranges`.
+    fn write(&self, name: &str, content: &Content, ranges: &[Range<u64>]) -> PathBuf {
+        let path = self.directory.path().join(name);
+        let file = File::create(&path).expect("a file");
+        file.set_len(content.size).expect("a sparse file");
+        for (at, sector) in present(content, ranges) {
+            let len = (content.size - at).min(SECTOR) as usize;
+            file.write_all_at(&sector[..len], at).expect("room for it");
+        }
+        path
+    }
+
+    fn run(
+        &self,
+        words: &[&str],
+        content: &Content,
+        tables: &[Range<u64>],
+    ) -> (Option<i32>, String) {
+        let path = self.write("image", content, tables);
         let ended = Command::new("qemu-img")
             .args(words)
-            .args(["-f", "qcow2"])
-            .arg(&path)
+            .arg("image")
+            .current_dir(self.directory.path())
             .output()
             .expect("qemu-img runs (`make deps` installs it)");
         // Not made anew the next time: some file systems write a file out at once that
@@ -88,13 +121,23 @@ impl Qemu {
     }
 }
 
+fn present<'a>(
+    content: &'a Content,
+    ranges: &'a [Range<u64>],
+) -> impl Iterator<Item = (u64, &'a Sector)> {
+    ranges
+        .iter()
+        .flat_map(|range| content.present(range.clone()))
+}
+
 /// Looks at one file: QEMU finds no error, our own code goes on with it, and both that
 /// and an independent reader find on the disk what may be there.
 pub fn check(disk: &Disk, content: &Content, allowed: &Allowed<'_>) -> Result<(), String> {
     let reader = Reader::open(content)?;
     let report = reader.check();
-    if !report.errors.is_empty() {
-        return Err(report.errors.join("\n"));
+    let errors = report.all_errors();
+    if !errors.is_empty() {
+        return Err(errors);
     }
     if let Some(block) = reader.subclusters().find(|block| !allowed.touches(*block)) {
         return Err(format!("block {block}, which nobody touched, has changed"));
@@ -138,7 +181,7 @@ pub fn check_with<'a>(
         &mut |content, allowed| {
             count += 1;
             each(content, allowed);
-            qemu.check(content, data)?;
+            qemu.check(content, slice::from_ref(&(0..data)))?;
             check(disk, content, allowed)
         },
     );

@@ -18,8 +18,17 @@ pub struct Content {
 /// Offsets are those in the file, in bytes.
 #[derive(Debug, Clone)]
 pub enum Change {
-    Write { offset: u64, bytes: Vec<u8> },
+    /// Makes the file longer where it has to.
+    Write {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
+    /// What lies beyond the end stays beyond it.
     Zero(Range<u64>),
+    /// The file is this long at least.
+    Grow(u64),
+    /// The file is this long at most.
+    Cut(u64),
 }
 
 /// `range` cut at the sectors' ends.
@@ -33,27 +42,34 @@ impl Change {
         match self {
             Change::Write { offset, bytes } => *offset..offset + bytes.len() as u64,
             Change::Zero(range) => range.clone(),
+            // From where the file does not have what it had.
+            Change::Grow(size) | Change::Cut(size) => *size..*size,
         }
     }
 
-    /// The parts that a crash does or does not leave. Zeroes over what `newest` does
-    /// not hold change nothing.
+    /// The parts that a crash does or does not leave, where the file was `newest`. Zeroes
+    /// over what that does not hold change nothing. A write beyond the end may have made
+    /// the file longer, and nothing of it is there.
     pub fn torn(&self, newest: &Content) -> Vec<Change> {
         let parts = by_sectors(self.range());
         match self {
-            Change::Write { offset, bytes } => parts
-                .map(|part| {
+            Change::Write { offset, bytes } => {
+                let end = self.range().end;
+                let longer = (end > newest.size).then_some(Change::Grow(end));
+                let written = parts.map(|part| {
                     let place = (part.start - offset) as usize..(part.end - offset) as usize;
                     Change::Write {
                         offset: part.start,
                         bytes: bytes[place].to_vec(),
                     }
-                })
-                .collect(),
+                });
+                longer.into_iter().chain(written).collect()
+            }
             Change::Zero(_) => parts
                 .filter(|part| newest.sectors.contains_key(&(part.start / SECTOR)))
                 .map(Change::Zero)
                 .collect(),
+            Change::Grow(_) | Change::Cut(_) => vec![self.clone()],
         }
     }
 }
@@ -93,28 +109,52 @@ impl Content {
     }
 
     pub fn apply(&mut self, change: &Change) {
-        let range = change.range();
-        assert!(range.end <= self.size, "the file does not grow: {range:?}");
-        for part in by_sectors(range.clone()) {
-            let number = part.start / SECTOR;
-            let is_whole = part.end - part.start == SECTOR;
-            if is_whole && matches!(change, Change::Zero(_)) {
-                self.sectors.remove(&number);
-                continue;
+        match change {
+            Change::Write { offset, bytes } => self.write(bytes, *offset),
+            Change::Zero(range) => self.zero(range.clone()),
+            Change::Grow(size) => self.size = self.size.max(*size),
+            Change::Cut(size) if *size < self.size => {
+                self.zero(*size..self.size);
+                self.size = *size;
             }
-            let sector = self
-                .sectors
-                .entry(number)
-                .or_insert_with(|| Arc::new([0; SECTOR as usize]));
-            let at = (part.start % SECTOR) as usize;
-            let target = &mut Arc::make_mut(sector)[at..at + (part.end - part.start) as usize];
-            match change {
-                Change::Write { offset, bytes } => {
-                    let from = (part.start - offset) as usize;
-                    target.copy_from_slice(&bytes[from..from + target.len()]);
-                }
-                Change::Zero(_) => target.fill(0),
+            Change::Cut(_) => {}
+        }
+    }
+
+    pub fn write(&mut self, bytes: &[u8], offset: u64) {
+        let range = offset..offset + bytes.len() as u64;
+        self.size = self.size.max(range.end);
+        for part in by_sectors(range) {
+            let from = (part.start - offset) as usize..(part.end - offset) as usize;
+            self.place(part).copy_from_slice(&bytes[from]);
+        }
+    }
+
+    fn zero(&mut self, range: Range<u64>) {
+        let range = range.start..range.end.min(self.size);
+        let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
+        // A hole may be long, and there may be little in it.
+        let touched: Vec<u64> = match sectors.is_empty() {
+            true => Vec::new(),
+            false => self.sectors.range(sectors).map(|(n, _)| *n).collect(),
+        };
+        for number in touched {
+            let start = range.start.max(number * SECTOR);
+            let end = range.end.min((number + 1) * SECTOR);
+            match end - start {
+                SECTOR => drop(self.sectors.remove(&number)),
+                _ => self.place(start..end).fill(0),
             }
         }
+    }
+
+    /// The bytes of `part`, which lies in one sector.
+    fn place(&mut self, part: Range<u64>) -> &mut [u8] {
+        let sector = self
+            .sectors
+            .entry(part.start / SECTOR)
+            .or_insert_with(|| Arc::new([0; SECTOR as usize]));
+        let at = (part.start % SECTOR) as usize;
+        &mut Arc::make_mut(sector)[at..at + (part.end - part.start) as usize]
     }
 }

@@ -209,8 +209,14 @@ fn describe(events: &[Event], number: usize, parts: &[Part], chosen: &[bool]) ->
     let mut told = format!("A crash after event {number} of {}, with", events.len());
     for (part, is_there) in parts.iter().zip(chosen) {
         let range = part.change.range();
+        let what = match part.change {
+            Change::Write { .. } => "write",
+            Change::Zero(_) => "hole",
+            Change::Grow(_) => "growth",
+            Change::Cut(_) => "cut",
+        };
         told += &format!(
-            "\n  {} of event {}: {:#x}..{:#x}",
+            "\n  {} of event {}: {what}, {:#x}..{:#x}",
             if *is_there { "all" } else { "nothing" },
             part.event,
             range.start,

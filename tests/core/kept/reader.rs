@@ -1,8 +1,9 @@
 //! A reader of qcow2 images, written from the specification (`docs/interop/qcow2.txt`
 //! of QEMU) and not from the code under test. It knows what an image with extended
-//! L2 entries may hold that neither is compressed nor has snapshots.
+//! L2 entries may hold that neither is compressed nor has snapshots, wherever that lies.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::content::{Content, SECTOR, Sector};
 
@@ -10,8 +11,13 @@ pub struct Reader<'a> {
     content: &'a Content,
     cluster: u64,
     size: u64,
+    /// Its refcounts may be wrong.
+    pub is_dirty: bool,
+    /// Features of which nothing is left when the image is ours.
+    pub other_features: (u64, u64),
     l1: Vec<u64>,
     l1_at: u64,
+    refcount_order: u64,
     refcount_table: Vec<u64>,
     refcount_table_at: u64,
 }
@@ -20,17 +26,33 @@ pub struct Reader<'a> {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Report {
     pub errors: Vec<String>,
+    /// Clusters in use whose refcount is not the number of their uses.
+    pub miscounted: Vec<String>,
+    /// The bit COPIED is missing.
+    pub uncopied: Vec<String>,
     /// Clusters that are counted and not in use.
     pub leaks: Vec<u64>,
 }
 
 const COPIED: u64 = 1 << 63;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+const DIRTY: u64 = 1 << 0;
 const EXTENDED_L2: u64 = 1 << 4;
+const LAZY_REFCOUNTS: u64 = 1 << 0;
+/// Bitmaps, and a data file that can be read by itself.
+const KNOWN_AUTOCLEAR: u64 = 3;
 const SUBCLUSTERS: u64 = 32;
 
 fn number(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |n, byte| (n << 8) | u64::from(*byte))
+}
+
+impl Report {
+    /// All but the leaks.
+    pub fn all_errors(&self) -> String {
+        let all = [&self.errors[..], &self.miscounted, &self.uncopied].concat();
+        all.join("\n")
+    }
 }
 
 impl<'a> Reader<'a> {
@@ -42,13 +64,17 @@ impl<'a> Reader<'a> {
             ("version", field(4, 4), 3),
             ("crypt_method", field(32, 4), 0),
             ("nb_snapshots", field(60, 4), 0),
-            ("incompatible_features", field(72, 8), EXTENDED_L2),
-            ("refcount_order", field(96, 4), 4),
+            ("incompatible_features", field(72, 8) & !DIRTY, EXTENDED_L2),
+            ("compatible_features", field(80, 8) & !LAZY_REFCOUNTS, 0),
+            ("autoclear_features", field(88, 8) & KNOWN_AUTOCLEAR, 0),
             ("header_length", field(100, 4), 112),
         ] {
             if found != wanted {
                 return Err(format!("{name} is {found:#x}"));
             }
+        }
+        if field(96, 4) > 6 {
+            return Err(format!("refcount_order is {:#x}", field(96, 4)));
         }
         let cluster = 1 << field(20, 4);
         let numbers = |at: u64, count: u64| -> Vec<u64> {
@@ -60,6 +86,9 @@ impl<'a> Reader<'a> {
             content,
             cluster,
             size: field(24, 8),
+            is_dirty: field(72, 8) & DIRTY != 0,
+            other_features: (field(80, 8), field(88, 8)),
+            refcount_order: field(96, 4),
             l1: numbers(l1_at, field(36, 4)),
             l1_at,
             refcount_table: numbers(refcount_table_at, field(56, 4) * cluster / 8),
@@ -128,6 +157,47 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// Where the clusters of the disk lie in the file.
+    pub fn places(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.entries()
+            .filter(|(_, descriptor, _)| *descriptor != 0)
+            .map(|(cluster, descriptor, _)| (cluster, descriptor & OFFSET))
+    }
+
+    /// The clusters of the disk that are not in the backing file as a whole.
+    pub fn clusters(&self) -> impl Iterator<Item = u64> + '_ {
+        self.entries().map(|(cluster, _, _)| cluster)
+    }
+
+    /// The sectors of a cluster of the disk, as [`Reader::sector`] has them.
+    pub fn cluster(&self, cluster: u64) -> Vec<Option<Sector>> {
+        let per_cluster = self.cluster / SECTOR;
+        let sectors = cluster * per_cluster..(cluster + 1) * per_cluster;
+        sectors
+            .filter(|number| number * SECTOR < self.size)
+            .map(|number| self.sector(number))
+            .collect()
+    }
+
+    /// Where all that is not the disk lies in the file.
+    pub fn metadata(&self) -> Vec<Range<u64>> {
+        let table = |at: u64, numbers: &[u64]| at..at + 8 * numbers.len() as u64;
+        let pointers = self.l1.iter().map(|table| table & OFFSET);
+        let pointers = pointers.chain(self.refcount_table.iter().copied());
+        [
+            0..self.cluster,
+            table(self.refcount_table_at, &self.refcount_table),
+            table(self.l1_at, &self.l1),
+        ]
+        .into_iter()
+        .chain(
+            pointers
+                .filter(|at| *at != 0)
+                .map(|at| at..at + self.cluster),
+        )
+        .collect()
+    }
+
     /// The numbers of all subclusters that are not in the backing file.
     pub fn subclusters(&self) -> impl Iterator<Item = u64> + '_ {
         self.entries().flat_map(|(cluster, _, bitmap)| {
@@ -142,8 +212,9 @@ impl<'a> Reader<'a> {
         let mut report = Report::default();
         let mut used: BTreeMap<u64, u64> = BTreeMap::new();
         let cluster = self.cluster;
-        let mut need = |at: u64, len: u64, errors: &mut Vec<String>| {
-            if at % cluster != 0 || at + len > self.content.size {
+        let size = self.content.size;
+        let mut need = |at: u64, len: u64, end: u64, errors: &mut Vec<String>| {
+            if at % cluster != 0 || end > size {
                 errors.push(format!("something is said to lie at {at:#x}"));
             }
             for number in at / cluster..(at + len).div_ceil(cluster) {
@@ -151,27 +222,27 @@ impl<'a> Reader<'a> {
             }
         };
         let errors = &mut report.errors;
-        need(0, cluster, errors);
-        need(
-            self.refcount_table_at,
-            8 * self.refcount_table.len() as u64,
-            errors,
-        );
-        need(self.l1_at, 8 * self.l1.len() as u64, errors);
-        for block in self.refcount_table.iter().filter(|block| **block != 0) {
-            need(*block, cluster, errors);
+        for Range { start, end } in self.metadata() {
+            need(start, end - start, end, errors);
         }
         for table in self.l1.iter().filter(|table| **table != 0) {
-            need(table & OFFSET, cluster, errors);
-            if table & COPIED == 0 || table & !(COPIED | OFFSET) != 0 {
-                errors.push(format!("an L1 entry is {table:#x}"));
+            let bad = format!("an L1 entry is {table:#x}");
+            if table & COPIED == 0 {
+                report.uncopied.push(bad);
+            } else if table & !(COPIED | OFFSET) != 0 {
+                errors.push(bad);
             }
         }
         for (number, descriptor, bitmap) in self.entries() {
             let bad = |what| format!("cluster {number}: {what}: {descriptor:#x} {bitmap:#x}");
+            let at = descriptor & OFFSET;
             if descriptor != 0 {
-                need(descriptor & OFFSET, cluster, errors);
-                if descriptor & COPIED == 0 || descriptor & !(COPIED | OFFSET) != 0 {
+                // What lies beyond the end is zeroes.
+                need(at, cluster, at + 1, errors);
+                if descriptor & COPIED == 0 {
+                    report.uncopied.push(bad("COPIED"));
+                }
+                if descriptor & !(COPIED | OFFSET) != 0 || at == 0 {
                     errors.push(bad("bits of the descriptor"));
                 }
             }
@@ -187,10 +258,13 @@ impl<'a> Reader<'a> {
         }
         let counted = self.refcounts();
         for (number, uses) in &used {
+            if *uses != 1 {
+                errors.push(format!("host cluster {number} has {uses} uses"));
+            }
             let count = counted.get(number).copied().unwrap_or_default();
             if count != *uses {
                 let what = format!("host cluster {number} has {uses} uses, refcount {count}");
-                report.errors.push(what);
+                report.miscounted.push(what);
             }
         }
         let unused = counted.keys().filter(|number| !used.contains_key(number));
@@ -200,16 +274,34 @@ impl<'a> Reader<'a> {
 
     /// The refcounts that are not 0, by host cluster.
     fn refcounts(&self) -> BTreeMap<u64, u64> {
-        let per_block = self.cluster / 2;
+        let order = self.refcount_order;
+        let per_block = (8 * self.cluster) >> order;
+        let per_sector = (8 * SECTOR) >> order;
         let blocks = (0..).zip(&self.refcount_table);
         let blocks = blocks.filter(|(_, block)| **block != 0);
         let counts = blocks.flat_map(|(n, block)| {
             let present = self.content.present(*block..block + self.cluster);
             present.flat_map(move |(at, sector)| {
-                let first = n * per_block + (at - block) / 2;
-                (first..).zip(sector.chunks(2).map(number))
+                let first = n * per_block + (at - block) / SECTOR * per_sector;
+                let counts = (0..per_sector).map(move |i| refcount(sector, order, i as usize));
+                (first..).zip(counts)
             })
         });
         counts.filter(|(_, count)| *count != 0).collect()
+    }
+}
+
+/// Refcount number `index` of those in `bytes`. The first of a byte is in its lowest bits.
+fn refcount(bytes: &[u8], order: u64, index: usize) -> u64 {
+    match order {
+        0..3 => {
+            let bits = 1 << order;
+            let shift = index * bits % 8;
+            u64::from(bytes[index * bits / 8] >> shift) & ((1 << bits) - 1)
+        }
+        _ => {
+            let len = 1 << (order - 3);
+            number(&bytes[index * len..(index + 1) * len])
+        }
     }
 }

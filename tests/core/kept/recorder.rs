@@ -39,6 +39,8 @@ pub enum Step {
     Mark,
     Punch,
     ZeroRange,
+    SetSize,
+    Copy,
 }
 
 /// How much of a write that fails is in the file all the same.
@@ -235,6 +237,8 @@ impl Portion {
                 let half = range.start + (range.end - range.start) / 2;
                 Some(Change::Zero(range.start..half))
             }
+            // A length is changed or not.
+            (Portion::Half, Change::Grow(_) | Change::Cut(_)) => None,
         }
     }
 }
@@ -246,11 +250,12 @@ impl ImageFile for Recorder {
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {
-        let mut state = self.state();
-        // An image is made before anything is recorded of it.
-        assert!(state.content.size == 0, "only a new image gets a size");
-        state.content.size = size;
-        Ok(())
+        let old = self.state().content.size;
+        let change = match size < old {
+            true => Change::Cut(size),
+            false => Change::Grow(size),
+        };
+        self.step(Step::SetSize, Some(change))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
