@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Crashes the kept overlay at every step of random requests, in memory; or, with
-# PART=qemu, has QEMU and guests write to an image between runs of the filter, and kills
-# them. Until it is stopped or finds an error; says the seed then. CRASH_SEED= begins with
-# that one.
+# Crashes the kept overlay, in memory, at every step of random requests and of moving home
+# what other programs have written; or, with PART=qemu, has QEMU and guests write to an image
+# between runs of the filter, and kills them. Until it is stopped or finds an error; says the
+# seed then. CRASH_SEED= begins with that one.
 . "$(dirname -- "$0")/common.sh"
 need_cargo
 cd -- "$root"

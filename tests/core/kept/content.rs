@@ -19,10 +19,7 @@ pub struct Content {
 #[derive(Debug, Clone)]
 pub enum Change {
     /// Makes the file longer where it has to.
-    Write {
-        offset: u64,
-        bytes: Vec<u8>,
-    },
+    Write { offset: u64, bytes: Vec<u8> },
     /// What lies beyond the end stays beyond it.
     Zero(Range<u64>),
     /// The file is this long at least.

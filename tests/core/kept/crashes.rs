@@ -9,6 +9,7 @@ use super::check::{Qemu, assert_settled, check_all, check_with};
 use super::content::Content;
 use super::crash::Bound;
 use super::disk::{Disk, Request};
+use super::homecoming;
 use super::random::Random;
 use super::scripts::{HUGE, LARGE_BLOCKS, SMALL_BLOCKS, at_random, by_hand};
 
@@ -64,9 +65,9 @@ fn tables_of_a_large_disk_survive_a_crash_at_every_step() {
 }
 
 /// Says which seed it was when the test fails.
-struct Seed<'a> {
-    seed: u64,
-    failed: &'a AtomicBool,
+pub struct Seed<'a> {
+    pub seed: u64,
+    pub failed: &'a AtomicBool,
 }
 
 impl Drop for Seed<'_> {
@@ -142,7 +143,8 @@ fn run_for_ever() {
                     }
                     let _seed = Seed { seed, failed };
                     let mut qemu = Qemu::new(usize::MAX);
-                    let count = run_at_random(seed, LONG, &mut qemu);
+                    let count = run_at_random(seed, LONG, &mut qemu)
+                        + homecoming::run_long_at_random(seed, &mut qemu);
                     println!("seed {seed}: {count} files, {} shown to QEMU", qemu.shown);
                 }
             });

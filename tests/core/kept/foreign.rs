@@ -180,6 +180,11 @@ impl Foreign {
         }
     }
 
+    pub fn is_covered(&self, number: u64) -> bool {
+        let block = number / self.refcounts_per_block();
+        self.refcount_blocks.contains_key(&block)
+    }
+
     /// The lowest free cluster, which is the one that QEMU takes.
     pub fn free(&self) -> u64 {
         let used: BTreeSet<u64> = self.used().into_iter().chain(self.leaks.clone()).collect();
@@ -226,10 +231,7 @@ impl Foreign {
     pub fn content(&self) -> Content {
         let cluster_size = self.cluster_size();
         let mut content = Content::default();
-        content.write(
-            &new_image(self.size, self.block).bytes(0..cluster_size),
-            0,
-        );
+        content.write(&new_image(self.size, self.block).bytes(0..cluster_size), 0);
         content.size = self.length.max(cluster_size);
         for number in &self.garbage {
             for at in (number * cluster_size..(number + 1) * cluster_size).step_by(512) {
@@ -324,7 +326,9 @@ impl Foreign {
             } else {
                 COPIED
             };
-            let descriptor = cluster.host.map_or(0, |host| copied | (host * cluster_size));
+            let descriptor = cluster
+                .host
+                .map_or(0, |host| copied | (host * cluster_size));
             let table = self.l2[&(guest / self.entries_per_table())] * cluster_size;
             let at = table + 16 * (guest % self.entries_per_table());
             content.write(&descriptor.to_be_bytes(), at);
@@ -346,6 +350,9 @@ impl Foreign {
                 break;
             }
             let number = (of_disk + at) / SECTOR;
+            if number * SECTOR >= self.size {
+                break;
+            }
             let bytes = match (blocks >> block) & 1 {
                 0 => data(!number),
                 _ => data(number),

@@ -91,15 +91,15 @@ pub fn by_hand() -> Vec<(&'static str, Foreign)> {
         image.write(2, 7);
     });
     add("a long chain", SMALL, &|image| {
-        for guest in 1..40 {
+        for guest in 1..36 {
             put(image, guest, image.home(guest - 1), 1 << (guest % 32));
         }
     });
     add("cycles of two, of three, and a long one", SMALL, &|image| {
         cycle(image, 0..2);
         cycle(image, 10..13);
-        for guest in 20..56 {
-            let host = image.home(if guest == 20 { 55 } else { guest - 1 });
+        for guest in 20..42 {
+            let host = image.home(if guest == 20 { 41 } else { guest - 1 });
             put(image, guest, host, 3);
         }
     });
@@ -107,6 +107,13 @@ pub fn by_hand() -> Vec<(&'static str, Foreign)> {
         cycle(image, 0..3);
         put(image, 4, image.end(), 0xf0);
     });
+    add(
+        "the disk ends in a block, and the file too",
+        LARGE,
+        &|image| {
+            put(image, image.guest_clusters() - 1, image.end(), 3);
+        },
+    );
     add("every home is another's", SMALL, &|image| {
         let guests: Vec<u64> = (0..12).chain(1020..1028).collect();
         permute(image, &guests, &mut Random::new(1));
@@ -121,6 +128,16 @@ pub fn by_hand() -> Vec<(&'static str, Foreign)> {
         put(image, 4, image.end(), 0);
         put(image, 5, image.home(4), 0xff);
     });
+    add(
+        "zeroes that have a cluster, and all is at home",
+        SMALL,
+        &|image| {
+            put(image, 3, image.home(3), 0xff << 32);
+            put(image, 4, image.end(), 0);
+            put(image, 5, image.home(4), ALL << 32);
+            put(image, 6, image.home(6), ALL);
+        },
+    );
     add("no room for a scratch cluster", FULL, &|image| {
         cycle(image, 0..3);
         cycle(image, 8170..8173);
@@ -129,16 +146,20 @@ pub fn by_hand() -> Vec<(&'static str, Foreign)> {
         cycle(image, 0..3);
         cycle(image, 10..12);
         cycle(image, 8100..8103);
-        chain(image, 21..60);
+        chain(image, 21..40);
     });
-    add("L2 tables moved, and data in their place", SMALL, &|image| {
-        let (first, last) = (image.l2[&0], image.l2[&2]);
-        image.l2.insert(0, image.home(1));
-        image.l2.insert(2, image.end() + 2);
-        put(image, 1, first, ALL);
-        put(image, 2, last, 0xff);
-        put(image, 2100, image.home(2), 1);
-    });
+    add(
+        "L2 tables moved, and data in their place",
+        SMALL,
+        &|image| {
+            let (first, last) = (image.l2[&0], image.l2[&2]);
+            image.l2.insert(0, image.home(1));
+            image.l2.insert(2, image.end() + 2);
+            put(image, 1, first, ALL);
+            put(image, 2, last, 0xff);
+            put(image, 2100, image.home(2), 1);
+        },
+    );
     add("L1 and refcounts moved and grown", SMALL, &|image| {
         image.l1 = image.home(0);
         image.l1_size += 9;
@@ -170,7 +191,7 @@ pub fn by_hand() -> Vec<(&'static str, Foreign)> {
         put(image, 6, image.home(7), ALL);
         image.is_dirty = true;
         image.has_lazy_refcounts = true;
-        let wrong = [(5, 0), (9, 1), (7, 2), (0, 0)];
+        let wrong = [(5, 0), (9, 1), (7, 2), (0, 0), (11, 2), (1, 3), (6, 2)];
         for (guest, count) in wrong {
             image.miscounted.insert(image.home(guest), count);
         }
@@ -199,6 +220,13 @@ pub fn by_hand() -> Vec<(&'static str, Foreign)> {
         let leaked = [image.home(5), image.home(9), image.end() + 3];
         image.leaks.extend(leaked);
         image.garbage.extend(leaked);
+    });
+    add("leaks that are counted twice", SMALL, &|image| {
+        put(image, 5, image.home(6), ALL);
+        for leaked in [image.home(5), image.home(9), image.end() + 3] {
+            image.miscounted.insert(leaked, 2);
+            image.leaks.insert(leaked);
+        }
     });
     add("longer than it has to be", SMALL, &|image| {
         put(image, 5, image.home(5), ALL);
@@ -355,8 +383,11 @@ fn spoil(image: &mut Foreign, random: &mut Random) {
         image.cover();
         let most = if image.refcount_order == 0 { 1 } else { 3 };
         for _ in 0..1 + random.below(5) {
-            let number = random.among(&image.used());
-            image.miscounted.insert(number, random.below(most + 1));
+            let (any, used) = (random.below(image.end()), random.among(&image.used()));
+            let number = random.among(&[any, used]);
+            if image.is_covered(number) {
+                image.miscounted.insert(number, random.below(most + 1));
+            }
         }
     }
     if random.below(8) == 0 {

@@ -258,6 +258,13 @@ impl ImageFile for Recorder {
         self.step(Step::SetSize, Some(change))
     }
 
+    fn copy(&self, from: u64, to: u64, len: u64) -> io::Result<()> {
+        let mut bytes = vec![0; len as usize];
+        self.read_at(&mut bytes, from)?;
+        assert!(from.abs_diff(to) >= len, "no copy onto itself");
+        self.step(Step::Copy, Some(Change::Write { offset: to, bytes }))
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.0.read.fetch_add(buf.len() as u64, Ordering::SeqCst);
         let state = self.state();
