@@ -2,15 +2,17 @@
 //!
 //! Plain random bytes would never get past the magic. So the input is a script
 //! ([`script`]): an image is made for a disk of its choice, then requests go to it
-//! in turn with edits of the file, behind the filter's back. Of each image it is
-//! asked that
+//! in turn with edits of the file, behind the filter's back: with numbers that mean
+//! nothing, or as QEMU changes it ([`qemu`]). Of each image it is asked that
 //!
 //! - nothing panics, and no request fails that should not;
 //! - opening it takes no more memory than its tables justify, and writes nothing,
 //!   whether it is accepted or refused;
-//! - an image that no edit has touched is accepted;
+//! - one that is not as the filter leaves it is refused without a change, or brought home,
+//!   and then the disk in it is what another reader ([`spec`]) took it for before;
+//! - an image that no edit has touched is accepted, and so is one that only QEMU has;
 //! - one that is accepted breaks no rule of the format, and each of its blocks is
-//!   what another reader ([`spec`]) takes it for;
+//!   what the other reader takes it for;
 //! - whatever was written is there after the next flush and a new start, all else
 //!   is as before, and no cluster has another refcount than it should.
 
@@ -19,6 +21,7 @@
 mod allocations;
 mod memory;
 mod model;
+mod qemu;
 mod script;
 mod session;
 mod spec;

@@ -16,6 +16,8 @@ pub struct Sparse {
     pages: BTreeMap<u64, Box<[u8; PAGE as usize]>>,
     /// How many calls have changed it.
     pub changes: u64,
+    /// Whether its length may change. While it is served it does not.
+    pub may_grow: bool,
 }
 
 impl Sparse {
@@ -122,15 +124,25 @@ impl MemoryFile {
     }
 
     /// For a change that must lie within the file.
-    fn change(&self, at: u64, len: u64) -> MutexGuard<'_, Sparse> {
+    fn change(&self, at: u64, len: u64) -> io::Result<MutexGuard<'_, Sparse>> {
         let mut sparse = self.sparse();
+        let end = at.checked_add(len).expect("no overflow");
         assert!(
-            at.checked_add(len).is_some_and(|end| end <= sparse.len),
+            sparse.may_grow || end <= sparse.len,
             "{len} bytes at {at:#x} of a file of {:#x}",
             sparse.len
         );
+        expect_possible(end)?;
         sparse.changes += 1;
-        sparse
+        Ok(sparse)
+    }
+}
+
+/// No file is longer than that.
+fn expect_possible(len: u64) -> io::Result<()> {
+    match i64::try_from(len) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(io::Error::from_raw_os_error(libc::EFBIG)),
     }
 }
 
@@ -140,8 +152,9 @@ impl ImageFile for MemoryFile {
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {
+        expect_possible(size)?;
         let mut sparse = self.sparse();
-        assert!(size >= sparse.len, "an image only becomes longer");
+        assert!(sparse.may_grow || sparse.len == 0, "it is served");
         sparse.set_len(size);
         sparse.changes += 1;
         Ok(())
@@ -157,7 +170,7 @@ impl ImageFile for MemoryFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.change(offset, buf.len() as u64).write(buf, offset);
+        self.change(offset, buf.len() as u64)?.write(buf, offset);
         Ok(())
     }
 
@@ -169,15 +182,21 @@ impl ImageFile for MemoryFile {
         self.write_at(buf, offset)
     }
 
+    fn next_stored(&self, offset: u64) -> Option<u64> {
+        let sparse = self.sparse();
+        let mut pages = sparse.pages.range(offset / PAGE..);
+        Some(pages.next().map_or(u64::MAX, |(page, _)| offset.max(page * PAGE)))
+    }
+
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {
         if self.can_punch {
-            self.change(offset, len).punch(offset..offset + len);
+            self.change(offset, len)?.punch(offset..offset + len);
         }
         Ok(self.can_punch)
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<bool> {
-        self.change(offset, len).punch(offset..offset + len);
+        self.change(offset, len)?.punch(offset..offset + len);
         Ok(true)
     }
 }

@@ -4,6 +4,8 @@
 
 use nbdkit_cow_filter::overlay::Zeroing;
 
+use crate::qemu::{Change, Table};
+
 const STEP_LEN: usize = 16;
 
 /// Longer inputs take too long for what they find.
@@ -67,6 +69,8 @@ pub enum Edit {
         how: How,
         value: u64,
     },
+    /// As QEMU changes it.
+    Qemu(Change),
     /// A whole and right L2 entry with that bitmap, and its refcount.
     Entry {
         cluster: u64,
@@ -188,6 +192,7 @@ fn step(bytes: &[u8; STEP_LEN]) -> Step {
         13 => Step::Edit(Edit::Length {
             len: value >> (len % 64),
         }),
+        15 => Step::Edit(Edit::Qemu(change(*flags, len, at, value))),
         _ => Step::Edit(Edit::Number {
             part: part(*flags),
             at: match flags & 8 {
@@ -202,6 +207,43 @@ fn step(bytes: &[u8; STEP_LEN]) -> Step {
             },
             value,
         }),
+    }
+}
+
+fn change(flags: u8, len: u16, at: u32, value: u64) -> Change {
+    let guest = u64::from(at);
+    match flags % 16 {
+        0..5 => Change::Write {
+            guest,
+            blocks: value as u32,
+        },
+        5 => Change::Zero {
+            guest,
+            keeps: len & 1 != 0,
+        },
+        6..9 => Change::Move {
+            which: guest,
+            from: value,
+        },
+        9 | 10 => Change::Swap {
+            which: [guest, value],
+        },
+        11 | 12 => Change::MoveTable {
+            table: match len % 4 {
+                0 => Table::L1,
+                1 => Table::L2(guest),
+                2 => Table::RefcountTable,
+                _ => Table::RefcountBlock(guest),
+            },
+            from: value,
+        },
+        13 => Change::Amend {
+            refcount_order: at % 7,
+        },
+        14 => Change::Empty,
+        _ => Change::Lazy {
+            is_dirty: len & 1 != 0,
+        },
     }
 }
 

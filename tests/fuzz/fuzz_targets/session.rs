@@ -8,17 +8,22 @@ use nbdkit_cow_filter::error::Result;
 use nbdkit_cow_filter::kept::{KeptStore, resume};
 use nbdkit_cow_filter::overlay::{Overlay, State, Zeroing};
 use nbdkit_cow_filter::qcow2::header::{Header, Mtime};
+use nbdkit_cow_filter::qcow2::home;
 use nbdkit_cow_filter::qcow2::image::Image;
 use nbdkit_cow_filter::qcow2::layout::{GuestCluster, Layout};
 
 use crate::allocations::peak;
-use crate::memory::{MemoryFile, PAGE};
+use crate::memory::{MemoryFile, PAGE, Sparse};
 use crate::model::{FormulaBase, Model, spec_bytes};
+use crate::qemu::Qemu;
 use crate::script::{Edit, How, Part, Place, Script, Step};
 use crate::spec::{Found, Qcow2};
 
 /// Images with larger tables take too long to look at, here; the filter bears them.
 const MAX_TABLES: u64 = 8 << 20;
+
+/// L1 table and refcount table are no longer, together.
+const MAX_POINTERS: u64 = 40 << 20;
 
 /// How many clusters are looked at, of those that something is said of.
 const MAX_CLUSTERS: usize = 64;
@@ -138,6 +143,35 @@ impl Session {
 
     /// As the filter opens an image. `None` if it was refused.
     fn open(&mut self) -> Option<Served> {
+        let resumed = match self.resume() {
+            Err(_) if self.bring_home()? => self.resume(),
+            resumed => resumed,
+        };
+        let (disk, header) = resumed.expect("what was brought home is opened")?;
+        self.is_edited = false;
+        self.layout = header.layout;
+        let (size, block) = (
+            header.layout.disk_size(),
+            header.layout.block_size().bytes(),
+        );
+        assert_eq!((disk.size(), disk.block_size().bytes()), (size, block));
+        let served = Served {
+            disk,
+            base: FormulaBase { size },
+            model: Model::new(self.file.sparse().clone(), size, block),
+        };
+        let file = self.file.sparse().clone();
+        let image = Qcow2::open(&file);
+        image.check(true);
+        assert_eq!(image.size, size.next_multiple_of(512));
+        assert_eq!(image.block(), block);
+        assert_eq!(image.backing(), header.backing);
+        served.compare_states(&image);
+        Some(served)
+    }
+
+    /// Opens an image in which all is at home. `Ok(None)`: it is not worth the time.
+    fn resume(&self) -> Result<Option<(Disk, Header)>> {
         let before = self.file.sparse().changes;
         let (opened, taken) = peak(|| Image::open(self.file.clone(), path()));
         // The header's bytes, one chunk of a table, what an image is made of.
@@ -165,37 +199,52 @@ impl Session {
             resumed.map(|disk| Some((disk, header)))
         });
         assert_eq!(self.file.sparse().changes, before, "opening it writes");
-        let (disk, header) = match resumed {
-            Ok(resumed) => resumed?,
+        if let Err(e) = &resumed {
+            assert_eq!(e.errno(), libc::EINVAL, "{e}");
+        }
+        resumed
+    }
+
+    /// Brings home what is elsewhere. `None`: it is refused, or not worth the time.
+    fn bring_home(&self) -> Option<bool> {
+        let before = self.file.sparse().clone();
+        let (survey, taken) = peak(|| home::survey(&self.file, path()));
+        // What is said of a cluster of the file takes no more than that, and the tables
+        // of pointers have to lie in it, where there may be holes.
+        let pointers = before.len.min(MAX_POINTERS) as usize;
+        let pages = before.pages_in(0..before.len);
+        let justified = (3 << 20) + 3 * pointers + pages * 8 * PAGE as usize;
+        assert!(taken < justified, "{taken} bytes for {pages} pages");
+        let survey = match survey {
+            Ok(survey) if survey.header().layout.data > MAX_TABLES => return None,
+            Ok(survey) => survey,
             Err(e) => {
-                assert_eq!(e.errno(), libc::EINVAL, "{e}");
-                assert!(self.is_edited, "our own image is refused: {e}");
+                let changes = self.file.sparse().changes;
+                assert_eq!(changes, before.changes, "what is refused is changed");
+                assert!([libc::EINVAL, libc::EFBIG].contains(&e.errno()), "{e}");
+                assert!(self.is_edited, "what only QEMU has changed is refused: {e}");
                 return None;
             }
         };
-        self.is_edited = false;
-        self.layout = header.layout;
-        let (size, block) = (
-            header.layout.disk_size(),
-            header.layout.block_size().bytes(),
-        );
-        assert_eq!((disk.size(), disk.block_size().bytes()), (size, block));
-        let served = Served {
-            disk,
-            base: FormulaBase { size },
-            model: Model::new(self.file.sparse().clone(), size, block),
-        };
-        let file = self.file.sparse().clone();
-        let image = Qcow2::open(&file);
-        image.check(true);
-        assert_eq!(image.size, size.next_multiple_of(512));
-        assert_eq!(image.block(), block);
-        assert_eq!(image.backing(), header.backing);
-        served.compare_states(&image);
-        Some(served)
+        self.file.sparse().may_grow = true;
+        let (ended, taken) = peak(|| survey.bring_home(&mut |_| {}));
+        assert!(taken < justified, "{taken} bytes for {pages} pages");
+        self.file.sparse().may_grow = false;
+        ended.expect("it can be brought home");
+        expect_same(&before, &self.file.sparse());
+        Some(true)
     }
 
     fn edit(&mut self, edit: &Edit) {
+        if let Edit::Qemu(change) = edit {
+            let mut file = self.file.sparse();
+            let mut changed = file.clone();
+            let done = Qemu::open(&mut changed).and_then(|mut qemu| qemu.change(*change));
+            if done.is_some() {
+                *file = changed;
+            }
+            return;
+        }
         self.is_edited = true;
         let mut file = self.file.sparse();
         match *edit {
@@ -248,6 +297,7 @@ impl Session {
                     }
                 }
             }
+            Edit::Qemu(_) => unreachable!("done above"),
             Edit::Length { len } => file.set_len(len.min(i64::MAX as u64)),
         }
     }
@@ -264,6 +314,28 @@ fn extent(layout: Layout, part: Part) -> (u64, u64) {
         Part::Data => (layout.data, layout.end),
     };
     (start, (end - start).max(1))
+}
+
+/// The disk in a file was not changed by bringing it home.
+fn expect_same(before: &Sparse, after: &Sparse) {
+    let (old, new) = (Qcow2::open_foreign(before), Qcow2::open(after));
+    old.check(true);
+    new.check(false);
+    assert_eq!((old.size, old.block()), (new.size, new.block()));
+    let model = Model::new(before.clone(), old.size, old.block());
+    let mut looked_at = old.touched(MAX_CLUSTERS);
+    looked_at.extend(new.touched(MAX_CLUSTERS));
+    for block in looked_at.into_iter().flat_map(|n| blocks_of(n, &model)) {
+        for range in model.samples(block) {
+            let bytes = spec_bytes(before, &old, range);
+            assert!(bytes == spec_bytes(after, &new, range), "block {block}");
+        }
+        let kind = |image: &Qcow2| match image.lookup(block * image.block()) {
+            Found::Data(_) => Found::Data(0),
+            found => found,
+        };
+        assert_eq!(kind(&old), kind(&new), "block {block}");
+    }
 }
 
 /// The blocks of a cluster that the disk has.
