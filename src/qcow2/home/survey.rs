@@ -193,6 +193,10 @@ impl<F: ImageFile> Reader<'_, F> {
                     "entry {i} of its L1 table is {pointer:#x}: {MENDS}"
                 )));
             }
+            if *pointer == COPIED {
+                let what = format!("entry {i} of its L1 table is {pointer:#x}, and leads nowhere");
+                return Err(self.refused(what));
+            }
             self.found.is_l1_stale |= *pointer != 0 && *pointer & COPIED == 0;
             *pointer &= OFFSET;
             if *pointer != 0 {
