@@ -185,7 +185,11 @@ impl ImageFile for MemoryFile {
     fn next_stored(&self, offset: u64) -> Option<u64> {
         let sparse = self.sparse();
         let mut pages = sparse.pages.range(offset / PAGE..);
-        Some(pages.next().map_or(u64::MAX, |(page, _)| offset.max(page * PAGE)))
+        Some(
+            pages
+                .next()
+                .map_or(u64::MAX, |(page, _)| offset.max(page * PAGE)),
+        )
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<bool> {

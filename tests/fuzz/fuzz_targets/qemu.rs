@@ -22,7 +22,7 @@ pub enum Change {
     /// Two of those that have a place have each other's.
     Swap { which: [u64; 2] },
     /// A table moves, to the first free place from `from` on.
-    MoveTable { table: Table, from: u64 },
+    MoveTable { table: Metadata, from: u64 },
     /// Another width of refcounts.
     Amend { refcount_order: u32 },
     /// `qemu-img commit`.
@@ -32,7 +32,7 @@ pub enum Change {
 }
 
 #[derive(Debug, Clone, Copy)]
-pub enum Table {
+pub enum Metadata {
     L1,
     L2(u64),
     RefcountTable,
@@ -291,16 +291,16 @@ impl<'a> Qemu<'a> {
         self.put(of_a, b, 8)
     }
 
-    fn move_table(&mut self, table: Table, from: u64) -> Option<()> {
+    fn move_table(&mut self, table: Metadata, from: u64) -> Option<()> {
         let blocks = self.refcount_table_clusters() * self.cluster / 8;
         let (pointer, len) = match table {
-            Table::L1 => (40, (8 * self.l1_size()).div_ceil(self.cluster)),
-            Table::RefcountTable => (48, self.refcount_table_clusters()),
-            Table::L2(number) => {
+            Metadata::L1 => (40, (8 * self.l1_size()).div_ceil(self.cluster)),
+            Metadata::RefcountTable => (48, self.refcount_table_clusters()),
+            Metadata::L2(number) => {
                 let number = number.checked_rem(self.l1_size())?;
                 (self.l1().checked_add(8 * number)?, 1)
             }
-            Table::RefcountBlock(number) => {
+            Metadata::RefcountBlock(number) => {
                 let number = number.checked_rem(blocks)?;
                 (self.refcount_table().checked_add(8 * number)?, 1)
             }

@@ -4,7 +4,7 @@
 
 use nbdkit_cow_filter::overlay::Zeroing;
 
-use crate::qemu::{Change, Table};
+use crate::qemu::{Change, Metadata};
 
 const STEP_LEN: usize = 16;
 
@@ -230,10 +230,10 @@ fn change(flags: u8, len: u16, at: u32, value: u64) -> Change {
         },
         11 | 12 => Change::MoveTable {
             table: match len % 4 {
-                0 => Table::L1,
-                1 => Table::L2(guest),
-                2 => Table::RefcountTable,
-                _ => Table::RefcountBlock(guest),
+                0 => Metadata::L1,
+                1 => Metadata::L2(guest),
+                2 => Metadata::RefcountTable,
+                _ => Metadata::RefcountBlock(guest),
             },
             from: value,
         },
