@@ -3,9 +3,9 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{self, Path, PathBuf};
 
 use super::{Kept, Served, fingerprint};
@@ -171,7 +171,7 @@ impl Kept {
     /// The backing file, and its size.
     pub(super) fn open_backing(&self, path: &Path) -> Result<(File, u64)> {
         // (A block device has its size at its end.)
-        File::open(path)
+        open_to_read(path)
             .and_then(|mut file| {
                 let size = file.seek(SeekFrom::End(0))?;
                 Ok((file, size))
@@ -223,8 +223,9 @@ impl Kept {
         match fingerprint::first_difference(&samples, size, |_| Ok(true), read)? {
             None => Ok(samples),
             Some(at) if is_within(at) => self.path.refuse(format!(
-                "a filter below changes what its backing file {path} has at offset {at}: \
-                 give the name of what is served with cow-backing="
+                "what is served is not what its backing file {path} has at offset {at}: a filter \
+                 below changes it, or it is another export: give the name of what is served \
+                 with cow-backing="
             )),
             Some(at) => self.path.refuse(format!(
                 "its backing file {path} has {end} bytes, but what is served is not those and \
@@ -246,9 +247,22 @@ impl Kept {
         if overlay.is_untouched() || header.samples.is_empty() {
             let samples = self.fingerprint_of(base)?;
             if samples != header.samples {
-                header.samples = samples;
-                header.mtime = self.base_mtime();
-                overlay.store().image().record_fingerprint(header)?;
+                let is_trusted =
+                    !overlay.is_untouched() && !fingerprint::in_base(&samples, overlay)?.is_empty();
+                let new = Header {
+                    samples,
+                    mtime: self.base_mtime(),
+                    ..header.clone()
+                };
+                overlay.store().image().record_fingerprint(&new)?;
+                *header = new;
+                if is_trusted {
+                    log::warn!(
+                        "the disk that is served is taken for the one below {}: \
+                         nothing is recorded to compare it with",
+                        self.path.path().display()
+                    );
+                }
             }
             return Ok(());
         }
@@ -267,6 +281,18 @@ impl Kept {
         ))
     }
 
+    /// Forgets the samples of blocks that were written to. If `qemu-img commit` brings them
+    /// to the base and empties the image, they are *base* again, and have other bytes.
+    pub(super) fn forget_written(served: &mut Served) -> Result<()> {
+        let Served { overlay, header } = served;
+        let samples = fingerprint::in_base(&header.samples, overlay)?;
+        if samples != header.samples {
+            header.samples = samples;
+            overlay.store().image().record_fingerprint(header)?;
+        }
+        Ok(())
+    }
+
     /// That of the backing file, where it is one.
     pub(super) fn base_mtime(&self) -> Option<Mtime> {
         match &self.backing {
@@ -274,6 +300,14 @@ impl Kept {
             _ => None,
         }
     }
+}
+
+/// Does not wait for a program that writes, if it is a pipe.
+pub(super) fn open_to_read(path: &Path) -> io::Result<File> {
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
 }
 
 /// Whether two names are those of one file.

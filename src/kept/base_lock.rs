@@ -2,6 +2,7 @@
 
 use std::fs::File;
 
+use super::backing::open_to_read;
 use super::{Backing, Kept};
 use crate::error::Result;
 use crate::qcow2::lock::lock_as_backing;
@@ -14,7 +15,7 @@ impl Kept {
         let Some(Backing::File(path)) = &self.backing else {
             return Ok(None);
         };
-        let locked = File::open(path).and_then(|file| Ok((lock_as_backing(&file)?, file)));
+        let locked = open_to_read(path).and_then(|file| Ok((lock_as_backing(&file)?, file)));
         match locked {
             Ok((true, file)) => Ok(Some(file)),
             Ok((false, _)) => Err(self.path.refused_with(

@@ -25,7 +25,9 @@
 //!
 //! A block that was written to is never *base* again, unless the image was emptied (a
 //! trimmed block is *zero*). So what is still *base* was never written to, no commit has
-//! changed the base there, and a sample of it has to be what it was.
+//! changed the base there, and a sample of it has to be what it was. Against an image that
+//! was emptied, and written to again, there are two measures: samples of written blocks are
+//! forgotten when a run ends, and all are if the survey of the image finds signs of it.
 //!
 //! What can't be read is left out, too: a disk with a bad sector can still be used, and
 //! that the sector has gone bad is no sign of another disk.
@@ -38,6 +40,7 @@ use std::os::unix::fs::FileExt;
 use crate::base::Base;
 use crate::block::ByteRange;
 use crate::error::Result;
+use crate::overlay::{Overlay, Store};
 use crate::qcow2::header::{MAX_SAMPLES, Sample, hash};
 
 /// How many bytes a sample has, unless the disk ends before.
@@ -103,16 +106,36 @@ fn hash_of(range: ByteRange, read: impl FnOnce(&mut [u8], u64) -> Result<()>) ->
     }
 }
 
+/// Those of `samples` all of which lies in blocks that are *base*.
+pub fn in_base<S: Store>(samples: &[Sample], overlay: &Overlay<S>) -> Result<Vec<Sample>> {
+    let mut found = Vec::new();
+    for sample in samples {
+        if overlay.is_base(range_at(sample.offset, overlay.size()))? {
+            found.push(*sample);
+        }
+    }
+    Ok(found)
+}
+
 /// Takes the samples of `base`, which ends, or is continued with zeroes, at `base_end`.
 pub fn take(base: &impl Base, base_end: u64) -> Vec<Sample> {
     let size = base.size();
-    places(size, base_end)
-        .into_iter()
-        .filter_map(|offset| {
+    let places = places(size, base_end);
+    let samples: Vec<_> = places
+        .iter()
+        .filter_map(|&offset| {
             let hash = hash_of(range_at(offset, size), |buf, at| base.read(buf, at))?;
             Some(Sample { offset, hash })
         })
-        .collect()
+        .collect();
+    if samples.len() < places.len() {
+        log::warn!(
+            "{} of {} places by which another disk would be recognised can't be read",
+            places.len() - samples.len(),
+            places.len()
+        );
+    }
+    samples
 }
 
 /// The offset of the first of `samples`, of those that are to be `compared`, for which

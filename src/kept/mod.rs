@@ -24,7 +24,7 @@ use crate::block::BlockSize;
 use crate::error::{Error, Result};
 use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
 use crate::overlay::{Overlay, Reclaim};
-use crate::qcow2::header::Header;
+use crate::qcow2::header::{Header, User};
 use crate::qcow2::home;
 use crate::qcow2::image::Image;
 use crate::qcow2::layout::Layout;
@@ -129,7 +129,10 @@ impl Kept {
             header.layout.disk_size(),
             header.layout.block_size()
         );
-        if header.in_use.is_some_and(|in_use| in_use.is_set) {
+        if header
+            .in_use
+            .is_some_and(|in_use| in_use.by == Some(User::Run))
+        {
             log::warn!(
                 "the last run of nbdkit with cow-overlay={} did not end well: \
                  what was written in it and not flushed may be lost",
@@ -350,15 +353,18 @@ impl Kept {
 
     /// Gives back what is left to be given back, and flushes, when all clients are gone.
     pub fn finish(&self) -> Result<()> {
-        let Some(Served { overlay, .. }) = &*self.held() else {
+        let mut held = self.held();
+        let Some(served) = &mut *held else {
             return Ok(());
         };
+        let overlay = Arc::clone(&served.overlay);
         let image = overlay.store().image();
         image.expect_named()?;
         // First what clients have written: it can take minutes to give back space, and
         // whoever stops nbdkit may not wait so long.
         let flushed = overlay.flush();
         overlay.give_back();
+        let flushed = flushed.and_then(|()| Self::forget_written(served));
         flushed.and_then(|()| overlay.flush()).map_err(|e| {
             Error::new(
                 e.errno(),

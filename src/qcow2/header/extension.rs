@@ -15,7 +15,7 @@ use crate::error::Result;
 /// | 16 | 4 | its nanoseconds |
 /// | 20 | 4 | 1 if the time is known, else 0 |
 /// | 24 | 8 | which export it keeps: [`hash`] of its name, 0 while nothing was written |
-/// | 32 | 4 | 1 from before the first change of a run to its clean end, else 0 |
+/// | 32 | 4 | 1 from before the first change of a run to its clean end, 2 while it is brought home, else 0 |
 /// | 36 | 4 | how many samples of the base follow: 0 to 16 |
 /// | 40 | 16 each | [`Sample`]: its offset on the disk, and the [`hash`] of its bytes |
 ///
@@ -45,11 +45,26 @@ pub struct Mtime {
 /// The mark of a run that changes the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InUse {
-    /// The last such run has not come to a clean end.
-    pub is_set: bool,
-    /// Where the mark lies in the file: four bytes within a sector, a number that is 0
-    /// or 1.
+    /// What has changed the image last and has not come to a clean end.
+    pub by: Option<User>,
+    /// Where the mark lies in the file: four bytes within a sector, a number.
     pub at: u64,
+}
+
+/// What changes an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum User {
+    /// A run, for its clients.
+    Run = 1,
+    /// A start that brings it home.
+    Start = 2,
+}
+
+impl InUse {
+    /// The four bytes of the mark.
+    pub fn mark(by: Option<User>) -> [u8; 4] {
+        by.map_or(0, |user| user as u32).to_be_bytes()
+    }
 }
 
 /// A few bytes of the base, by which it is known again.
@@ -92,8 +107,8 @@ impl Header {
             bytes[20..24].copy_from_slice(&1u32.to_be_bytes());
         }
         bytes[EXPORT..IN_USE].copy_from_slice(&self.export.to_be_bytes());
-        let is_set = self.in_use.is_some_and(|in_use| in_use.is_set);
-        bytes[IN_USE..SAMPLE_COUNT].copy_from_slice(&u32::from(is_set).to_be_bytes());
+        let by = self.in_use.and_then(|in_use| in_use.by);
+        bytes[IN_USE..SAMPLE_COUNT].copy_from_slice(&InUse::mark(by));
         let count = self.samples.len() as u32;
         bytes[SAMPLE_COUNT..SAMPLES].copy_from_slice(&count.to_be_bytes());
         let places = bytes[SAMPLES..].chunks_exact_mut(SAMPLE_LEN);
@@ -143,15 +158,19 @@ fn in_use(ours: &[u8], ours_at: usize) -> Result<Option<InUse>> {
     if ours.len() == FIRST_OURS_LEN {
         return Ok(None);
     }
-    let mark = be_u32(ours, IN_USE);
-    if mark > 1 {
-        return Err(refused(format!(
-            "the mark of a run at byte {} is {mark:#x}, not 0 or 1",
-            ours_at + IN_USE
-        )));
-    }
+    let by = match be_u32(ours, IN_USE) {
+        0 => None,
+        1 => Some(User::Run),
+        2 => Some(User::Start),
+        mark => {
+            return Err(refused(format!(
+                "the mark of a run at byte {} is {mark:#x}, not 0, 1 or 2",
+                ours_at + IN_USE
+            )));
+        }
+    };
     Ok(Some(InUse {
-        is_set: mark == 1,
+        by,
         at: (ours_at + IN_USE) as u64,
     }))
 }

@@ -26,8 +26,8 @@ const BITMAPS: u32 = 0x2385_2875;
 const EXTERNAL_DATA_NAME: u32 = 0x4441_5441;
 
 /// What helps where nothing less does. (It gives the image another backing file.)
-pub const NEW_IMAGE: &str = "what is in a copy of it (IMAGE) can be written to a new image with \
-     nbdkit -U - --filter=cow file BASE cow-overlay=NEW --run \
+pub const NEW_IMAGE: &str = "what is in a copy of it (IMAGE) can be written to a new image, if its \
+     backing file (BASE) is raw and has its size, with nbdkit -U - --filter=cow file BASE cow-overlay=NEW --run \
      'qemu-img rebase -u -F raw -b \"$uri\" IMAGE && qemu-img commit -d IMAGE'";
 const REMOVE_BITMAPS: &str = "remove them with qemu-img bitmap --remove";
 
@@ -86,13 +86,19 @@ impl Foreign {
         if bytes.len() < HEADER_LEN as usize || be_u32(bytes, 0) != MAGIC {
             return Err(refused("it is no qcow2 image"));
         }
-        field("version", 4, be_u32(bytes, 4).into(), VERSION.into())?;
-        check_features(bytes)?;
         if be_u32(bytes, 32) != 0 {
             return Err(refused(
                 "it is encrypted, which this filter can't do (byte 32 of the header)",
             ));
         }
+        let version = be_u32(bytes, 4);
+        if version != VERSION {
+            return Err(refused(format!(
+                "version (byte 4 of the header) is {version}, not {VERSION}: {}",
+                new_image(bytes)
+            )));
+        }
+        check_features(bytes)?;
         if be_u32(bytes, 60) != 0 {
             return Err(refused(
                 "it has internal snapshots (byte 60 of the header): \
@@ -209,6 +215,17 @@ fn field(name: &str, at: usize, found: u64, wanted: u64) -> Result<()> {
     )))
 }
 
+/// What helps with an image that this filter has not made.
+fn new_image(bytes: &[u8]) -> &'static str {
+    match be_u32(bytes, 16) {
+        0 => {
+            "it has no backing file: qemu-img convert -O raw IMAGE DISK makes a disk of it, \
+             which can be served"
+        }
+        _ => NEW_IMAGE,
+    }
+}
+
 /// Refuses what this filter can't go on with, wherever it lies.
 fn check_features(bytes: &[u8]) -> Result<()> {
     let incompatible = be_u64(bytes, 72);
@@ -233,7 +250,8 @@ fn check_features(bytes: &[u8]) -> Result<()> {
         return Err(refused(format!(
             "it is not laid out as this filter lays out its own images: incompatible_features \
              (byte 72 of the header) is {incompatible:#x}, not {EXTENDED_L2:#x}, extended L2 \
-             entries: {NEW_IMAGE}"
+             entries: {}",
+            new_image(bytes)
         )));
     }
     let (compatible, autoclear) = (be_u64(bytes, 80), be_u64(bytes, 88));
@@ -288,13 +306,14 @@ fn extensions(bytes: &[u8]) -> Result<(&[u8], usize)> {
     }
     let Some(ours) = ours.filter(|(data, _)| is_ours(data)) else {
         return Err(refused(format!(
-            "it was not made by this filter: the header extension \"nbco\" is missing: {NEW_IMAGE}"
+            "it was not made by this filter: the header extension \"nbco\" is missing: {}",
+            new_image(bytes)
         )));
     };
     if format != Some(FORMAT_OF_BASE) {
         return Err(refused(
             "the format of its backing file is not recorded as raw (header extension 0xe2792aca): \
-             record it with qemu-img rebase -u -F raw -b NAME",
+             record it with qemu-img rebase -u -F raw -b NAME, where NAME is the disk",
         ));
     }
     Ok(ours)

@@ -10,7 +10,7 @@ mod foreign;
 
 use super::layout::Layout;
 use crate::error::{Error, Result};
-pub use extension::{InUse, MAX_SAMPLES, Mtime, Sample, hash};
+pub use extension::{InUse, MAX_SAMPLES, Mtime, Sample, User, hash};
 use extension::{NEW_OURS_AT, OURS};
 pub use foreign::{Foreign, NEW_IMAGE, Tables};
 
@@ -63,7 +63,7 @@ impl Header {
             export: 0,
             export_at: NEW_OURS_AT + extension::EXPORT as u64,
             in_use: Some(InUse {
-                is_set: false,
+                by: None,
                 at: NEW_OURS_AT + extension::IN_USE as u64,
             }),
             samples: Vec::new(),
@@ -235,8 +235,8 @@ mod tests {
         assert!(at % 512 <= 508, "within a sector");
         bytes[at + 3] = 1;
         let read = Header::from_bytes(&bytes).expect("ours");
-        assert!(read.in_use.expect("as before").is_set);
-        bytes[at + 3] = 2;
+        assert_eq!(read.in_use.expect("as before").by, Some(User::Run));
+        bytes[at + 3] = 3;
         assert!(refusal(&bytes).contains("the mark of a run"));
     }
 

@@ -16,14 +16,15 @@
 //!    be wrong; sync;
 //! 3. in rounds (see [`plan`]): data is copied to places that are free, sync, the L2 entries of
 //!    what was copied, sync;
-//! 4. a refcount of 0 for every place that is free now, which is given back; what lies
-//!    beyond the image's end is cut off; sync.
+//! 4. every place that is free now is given back, what lies beyond the image's end is cut
+//!    off, and their refcounts become 0; sync. (In this order: a crash that leaves a refcount
+//!    makes the next start go on, and nothing else would tell it of their space.)
 //!
 //! Else all tables are written anew beyond all that is in the file ([`TemporaryTables`], with the
 //! refcounts of 1 and the entries of 2); sync; the header leads to them by one write of its first
-//! sector; sync. Then everything in the file that is not data is free, and 3 follows. Then
-//! the tables are written a last time, where they belong; sync; the header; sync; and 4, in which
-//! no refcount has to be written.
+//! sector; sync. Then everything in the file that is not data is free and given back, and 3
+//! follows. Then old places are given back, the tables are written a last time, where they belong;
+//! sync; the header; sync; and what lies beyond the image's end is cut off.
 //!
 //! Before all of this, what the survey has read is synced: it may be what an earlier process
 //! wrote before it was killed, and then a crash could bring back an older entry, which leads to
@@ -53,10 +54,11 @@ mod plan;
 mod survey;
 mod tables;
 
+use std::ops::Range;
 use std::path::Path;
 
 use super::file::ImageFile;
-use super::header::{Header, Tables};
+use super::header::{Header, InUse, Tables, User};
 use super::layout::{GuestCluster, Layout, REFCOUNT_LEN, has_data};
 use crate::buffer::buffer;
 use crate::error::{Error, Result};
@@ -140,18 +142,31 @@ fn way(name: &OverlayFile, found: &Findings, plan: &Plan) -> Result<Way> {
     let mut counted = HostSet::default();
     counted.insert_all(found.used.without(&found.tables));
     counted.insert_all(found.homes());
-    let copy = TemporaryTables::place(layout, &found.l2, beyond, scratch, counted)?;
-    copy.map(Way::Copied).ok_or_else(|| {
-        let what = "the format has no room for moving what another program has written";
-        name.refused_with(libc::EFBIG, what)
-    })
+    // Two places that attempts can use in turn: the tables that one has left are in use when
+    // the next begins, and the file would grow with each.
+    for start in [found.end_of_disk(), beyond] {
+        let copy = TemporaryTables::place(layout, &found.l2, start, scratch, counted.clone())?;
+        let is_free = |copy: &TemporaryTables| {
+            let end = HostCluster(copy.end / layout.cluster_size());
+            found.used.ranges_in(start..end).next().is_none()
+        };
+        if let Some(copy) = copy.filter(is_free) {
+            return Ok(Way::Copied(copy));
+        }
+    }
+    let what = "the format has no room for moving what another program has written";
+    Err(name.refused_with(libc::EFBIG, what))
 }
 
 impl Findings {
+    fn end_of_disk(&self) -> HostCluster {
+        HostCluster(self.layout.end / self.layout.cluster_size())
+    }
+
     /// Nothing leads there, nor beyond, and nothing is going to. (What an earlier attempt has
     /// left there is written over, so that the file does not grow with each.)
     fn end_of_all(&self) -> HostCluster {
-        let end = HostCluster(self.layout.end / self.layout.cluster_size());
+        let end = self.end_of_disk();
         let last = self.used.last();
         last.map_or(end, |last| end.max(HostCluster(last.0 + 1)))
     }
@@ -230,41 +245,44 @@ impl<F: ImageFile> Survey<'_, F> {
         };
         self.forget_fingerprint()?;
         io.sync()?;
-        self.set_mark(true)?;
+        self.set_mark(Some(User::Start))?;
         // All that is read lies in the file then.
         io.set_size(self.found.end_of_all().0 * layout.cluster_size())?;
-        let freed = match &self.way {
+        match &self.way {
             Way::InPlace => {
                 let written = self.prepare(mover.scratch)?;
                 mover.run(&self.found.away, &self.plan)?;
                 let freed = self.freed(&written, &used);
+                self.give_back(&freed)?;
+                io.set_size(layout.end)?;
                 write_refcounts(io, layout, freed.iter(), 0)?;
-                freed
             }
             Way::Copied(copy) => {
                 copy.write(io, &self.found)?;
+                let freed = self.freed(&HostSet::default(), &copy.counted);
+                self.punch(&freed, HostCluster(0)..self.found.end_of_all())?;
                 (mover.l2, mover.scratch) = (&copy.l2, copy.scratch);
                 mover.run(&self.found.away, &self.plan)?;
+                self.give_back(&self.freed(&copy.counted, &used))?;
                 copy.install(io, layout, &used)?;
-                self.freed(&HostSet::default(), &used)
+                io.set_size(layout.end)?;
             }
-        };
-        self.give_back(&freed)?;
-        io.set_size(layout.end)?;
+        }
         io.sync()?;
-        self.set_mark(false)?;
+        self.set_mark(None)?;
         Ok(mover.progress)
     }
 
     /// Marks the image as one that is being changed, as a run does: after an error the next
     /// start must not rely on what the system only has in its memory. The mark of a run
     /// that has not ended well stays.
-    fn set_mark(&self, is_set: bool) -> Result<()> {
-        let Some(mark) = self.header().in_use.filter(|mark| !mark.is_set) else {
-            return Ok(());
-        };
-        let bytes = u32::from(is_set).to_be_bytes();
-        self.io().write_synced(&bytes, mark.at)
+    fn set_mark(&self, by: Option<User>) -> Result<()> {
+        match self.header().in_use {
+            Some(mark) if mark.by != Some(User::Run) => {
+                self.io().write_synced(&InUse::mark(by), mark.at)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What is *base* in an image that was emptied has other bytes than when the fingerprint was
@@ -332,13 +350,21 @@ impl<F: ImageFile> Survey<'_, F> {
         freed
     }
 
+    fn punch(&self, freed: &HostSet, within: Range<HostCluster>) -> Result<()> {
+        let size = self.layout().cluster_size();
+        for free in freed.ranges_in(within) {
+            self.io().punch(free.start.0 * size..free.end.0 * size)?;
+        }
+        Ok(())
+    }
+
+    /// The space of `freed` within the disk (what lies beyond is cut off), and of what others
+    /// have left in places that have a cluster now.
     fn give_back(&self, freed: &HostSet) -> Result<()> {
         let layout = self.layout();
         let (size, block) = (layout.cluster_size(), layout.block_size().bytes());
         let disk = home_of(layout, GuestCluster(0))..HostCluster(layout.end / size);
-        for free in freed.ranges_in(disk) {
-            self.io().punch(free.start.0 * size..free.end.0 * size)?;
-        }
+        self.punch(freed, disk)?;
         // Blocks of others in places that were theirs.
         let came_later = self.found.away.iter().zip(&self.plan.steps);
         for (cluster, _) in came_later.filter(|(_, step)| step.had_to_wait()) {

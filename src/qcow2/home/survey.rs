@@ -35,8 +35,10 @@ pub struct Findings {
     pub l2: Vec<u64>,
     /// The tables lie where this filter has them.
     pub is_home: bool,
-    /// `qemu-img commit` may have emptied it: the file is shorter, or an L2 table is not where
-    /// it was. Then its base has what was in it.
+    /// `qemu-img commit` may have emptied it: the file is shorter, or the L1 table lies
+    /// elsewhere and the L2 tables do too. (If QEMU moves the L1 table because it has become
+    /// larger, the L2 tables stay; if it copies an L2 table because of a snapshot, the L1 table
+    /// stays.) Then its base has what was in it.
     pub may_have_been_emptied: bool,
     /// The L1 table lies at home, but some of it has to be written: the COPIED bit of a
     /// pointer, or zeroes behind the last.
@@ -205,7 +207,7 @@ impl<F: ImageFile> Reader<'_, F> {
         }
         let home = layout.l1_entries().map(|pointer| pointer & OFFSET);
         let are_l2_tables_home = l1.iter().copied().eq(home);
-        self.found.may_have_been_emptied |= !are_l2_tables_home;
+        self.found.may_have_been_emptied |= tables.l1 != layout.l1 && !are_l2_tables_home;
         self.found.is_home &= are_l2_tables_home;
         self.found.l2 = l1;
         if self.found.is_home {

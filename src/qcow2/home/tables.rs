@@ -56,7 +56,7 @@ pub struct TemporaryTables {
     /// The number of each block, and its offset.
     refcount_blocks: Vec<(u64, u64)>,
     /// What has a refcount.
-    counted: HostSet,
+    pub counted: HostSet,
     pub end: u64,
 }
 

@@ -1,5 +1,5 @@
-//! The mark of a run: a number in the header that is 1 from before the first change of a
-//! run to its clean end.
+//! The mark of a run: a number in the header that is not 0 from before the first change of
+//! a run to its clean end. (It also is not while a start brings the image home.)
 //!
 //! A program that finds it set knows that what it reads of the file through the page cache
 //! may not be on the disk: when the system can't write a page it keeps it, as if it had
@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use super::super::file::ImageFile;
-use super::super::header::Header;
+use super::super::header::{Header, InUse, User};
 use super::Image;
 use crate::error::Result;
 use crate::overlay_file::OverlayFile;
@@ -23,7 +23,9 @@ use crate::sync::{Mutex, locked};
 pub(super) struct Mark {
     /// Where it lies in the file. `None`: in an image of version 1.0, which has none.
     at: Option<u64>,
-    /// It is set in the file, and safe; or there is none. (A cell of the standard library
+    /// One was found when the image was opened.
+    was_found: bool,
+    /// That of a run is set in the file, and safe; or there is none. (A cell of the standard library
     /// also for the model checker, which would try more orders than it can.)
     is_safe: OnceLock<()>,
     /// Held while it is being set.
@@ -34,10 +36,14 @@ impl Mark {
     pub(super) fn new(header: &Header) -> Self {
         let mark = Mark {
             at: header.in_use.map(|in_use| in_use.at),
+            was_found: header.in_use.is_some_and(|in_use| in_use.by.is_some()),
             is_safe: OnceLock::new(),
             setting: Mutex::default(),
         };
-        if header.in_use.is_none_or(|in_use| in_use.is_set) {
+        if header
+            .in_use
+            .is_none_or(|in_use| in_use.by == Some(User::Run))
+        {
             mark.is_safe.get_or_init(|| ());
         }
         mark
@@ -58,7 +64,7 @@ impl<F: ImageFile> Image<F> {
     fn set_mark(&self) -> Result<()> {
         let _setting = locked(&self.mark.setting);
         if self.mark.is_safe.get().is_none() {
-            self.write_mark(1)?;
+            self.write_mark(Some(User::Run))?;
             self.mark.is_safe.get_or_init(|| ());
         }
         Ok(())
@@ -67,17 +73,17 @@ impl<F: ImageFile> Image<F> {
     /// A run comes to its clean end: its last flush was good, and nothing changes the file
     /// any more.
     pub fn end_run(&self) -> Result<()> {
-        if self.mark.is_safe.get().is_none() {
+        if self.mark.is_safe.get().is_none() && !self.mark.was_found {
             return Ok(());
         }
-        self.write_mark(0)
+        self.write_mark(None)
     }
 
-    fn write_mark(&self, mark: u32) -> Result<()> {
+    fn write_mark(&self, by: Option<User>) -> Result<()> {
         let Some(at) = self.mark.at else {
             return Ok(());
         };
-        let bytes = mark.to_be_bytes();
+        let bytes = InUse::mark(by);
         self.file.write_synced(&bytes, at).map_err(|e| {
             let operation = "writing the mark of a run to";
             self.name
@@ -94,6 +100,6 @@ impl<F: ImageFile> Image<F> {
         let name = OverlayFile::Image(path.to_owned());
         // What is no image of ours is found out, and told, by who opens it.
         Self::read_header(file, &name)
-            .is_ok_and(|header| header.in_use.is_some_and(|in_use| !in_use.is_set))
+            .is_ok_and(|header| header.in_use.is_some_and(|in_use| in_use.by.is_none()))
     }
 }

@@ -314,6 +314,37 @@ fn qemu_takes_the_images_for_what_they_are_meant_to_be() {
     }
 }
 
+/// Of attempts that all fail when they move data.
+#[test]
+fn attempts_that_fail_do_not_make_the_file_longer_and_longer() {
+    for (name, image) in by_hand() {
+        let arrival = Arrival::new(&image);
+        let (recorder, _) = arrival.brought_home(&arrival.start);
+        let syncs = recorder.steps(0).into_iter().enumerate();
+        let syncs: Vec<_> = syncs.filter(|(_, step)| *step == Step::Sync).collect();
+        let failing = Recorder::holding(arrival.start.clone());
+        let mut sizes = Vec::new();
+        for _ in 0..5 {
+            // Late, when there are tables for the time of the move.
+            let at = failing.step_count() + syncs[syncs.len() / 2].0;
+            failing.fail(Some(Fault {
+                at,
+                errno: libc::ENOSPC,
+                portion: Portion::Nothing,
+                stays: true,
+            }));
+            let _ = bring_home(&failing);
+            failing.fail(None);
+            sizes.push(failing.content().size);
+        }
+        assert!(
+            sizes[3].max(sizes[4]) <= sizes[1].max(sizes[2]),
+            "{name}: {sizes:?}"
+        );
+        arrival.expect_gone_on_with(&failing.content()).expect(name);
+    }
+}
+
 #[test]
 fn images_made_by_hand_survive_a_crash_at_every_step_of_moving_home() {
     let mut random = Random::new(1);

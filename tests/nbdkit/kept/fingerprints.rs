@@ -186,6 +186,46 @@ h.trim(512 * K, 7 * M); h.pwrite(b'end', 8 * M - 3)",
     }
 }
 
+/// With a bitmap QEMU empties an image without moving a table.
+#[test]
+fn a_base_that_has_changed_because_the_image_was_emptied_is_served() {
+    for shell in [
+        "qemu-img commit -q diff.qcow2",
+        "qemu-img bitmap --add diff.qcow2 b && qemu-img commit -q diff.qcow2 &&
+         qemu-img bitmap --remove diff.qcow2 b",
+    ] {
+        let pair = Pair::new(&[]);
+        let server = pair.serve();
+        server.nbdsh("h.pwrite(b'mine' * 2048, 0); h.pwrite(b'mine' * 1024, 64 * K)");
+        server.stop();
+        let directory = pair.directory.path();
+        let write = "qemu-io -c 'write -q -P 2 3M 64k' diff.qcow2";
+        run_in(directory, &["sh", "-c", &format!("{shell} && {write}")]);
+        pair.put(&[], 0);
+        // It is brought home by the first start, and has a fingerprint after it.
+        let server = pair.serve();
+        server.nbdsh("h.pread(1, 0)");
+        server.stop();
+        pair.assert_served();
+    }
+}
+
+/// A snapshot moves tables, too, and empties nothing.
+#[test]
+fn another_disk_is_refused_after_a_snapshot_was_deleted() {
+    let pair = Pair::written(&[]);
+    let shell = "qemu-img snapshot -c s diff.qcow2 &&
+        qemu-io -c 'write -q -P 2 3M 64k' diff.qcow2 && qemu-img snapshot -d s diff.qcow2";
+    run_in(pair.directory.path(), &["sh", "-c", shell]);
+    pair.put(&noise(2, SIZE as usize), 0);
+    let plugin = pair.plugin();
+    let plugin: Vec<_> = plugin.iter().map(String::as_str).collect();
+    let error = refused_to_a_client(&Setup::new(), &plugin);
+    assert_says(&error, &["not the disk"]);
+    pair.put(&noise(1, SIZE as usize), 0);
+    pair.assert_served();
+}
+
 /// So that it can be emptied by `qemu-img commit`, or get another disk.
 #[test]
 fn an_image_with_nothing_in_it_takes_any_disk() {
@@ -336,6 +376,9 @@ fn a_fingerprint_that_is_missing_is_taken_later() {
     server.nbdsh("h.pwrite(b'mine' * 1024, 16 * K)");
     server.stop();
     assert_eq!(sample_count(&pair.image()), 0);
+    let server = pair.serve();
+    server.nbdsh("h.pread(1, 0)");
+    assert_says(&server.stop_and_tell(), &["is taken for the one below"]);
     pair.assert_served();
     assert!(sample_count(&pair.image()) > 8);
     pair.put(&noise(2, SIZE as usize), 0);
