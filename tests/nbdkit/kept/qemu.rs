@@ -254,6 +254,12 @@ fn an_image_of_another_kind_is_refused() {
             "extended_l2=on,cluster_size=128k,compression_type=zstd",
             ["compressed", "qemu-img commit"],
         ),
+        ("compat=0.10", ["version", "qemu-img commit"]),
+        (
+            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 \
+             --object secret,id=s,data=abc",
+            ["encrypted", "can't do"],
+        ),
     ] {
         let shell = format!(
             "rm diff.qcow2; qemu-img create -q -f qcow2 -o {options} -F raw -b disk.img diff.qcow2"
@@ -263,6 +269,18 @@ fn an_image_of_another_kind_is_refused() {
         let plugin = plugin.each_ref().map(String::as_str);
         assert_refused(&plugin, &copy.path().join("diff.qcow2"), &words);
     }
+}
+
+#[test]
+fn an_image_without_a_backing_file_is_refused() {
+    let copy = after(
+        &template(),
+        "rm diff.qcow2; qemu-img create -q -f qcow2 diff.qcow2 4M",
+    );
+    let plugin = plugin(copy.path());
+    let plugin = plugin.each_ref().map(String::as_str);
+    let words = ["no backing file", "qemu-img convert -O raw"];
+    assert_refused(&plugin, &copy.path().join("diff.qcow2"), &words);
 }
 
 /// The command that the messages have.
