@@ -14,13 +14,13 @@
 //! 2. entries that lack the COPIED bit get it, those that lead to a cluster
 //!    without needing its data lead nowhere, and the header says no more that refcounts may
 //!    be wrong; sync;
-//! 3. in rounds (see [`plan`]): data is copied to places that are free, sync, the L2 entries of
+//! 3. in rounds (see `plan`): data is copied to places that are free, sync, the L2 entries of
 //!    what was copied, sync;
 //! 4. every place that is free now is given back, what lies beyond the image's end is cut
 //!    off, and their refcounts become 0; sync. (In this order: a crash that leaves a refcount
 //!    makes the next start go on, and nothing else would tell it of their space.)
 //!
-//! Else all tables are written anew beyond all that is in the file ([`TemporaryTables`], with the
+//! Else all tables are written anew beyond all that is in the file (`TemporaryTables`, with the
 //! refcounts of 1 and the entries of 2); sync; the header leads to them by one write of its first
 //! sector; sync. Then everything in the file that is not data is free and given back, and 3
 //! follows. Then old places are given back, the tables are written a last time, where they belong;

@@ -40,8 +40,8 @@
 //! covered too: whoever brought the block there marked it in the same hold, and
 //! a flush that is asked for later fetches that mark (or an earlier flush has).
 //!
-//! Before any of it, and before a client's bytes are written, the [mark of the
-//! run](mark) is safe.
+//! Before any of it, and before a client's bytes are written, the mark of the
+//! run is safe (see `mark`).
 //!
 //! # Locks
 //!
