@@ -119,6 +119,11 @@ fn the_lock_on_the_base_goes_with_its_nbdkit() {
     }
 }
 
+/// One that serves a raw file, and writes to it if a client does.
+fn qemu_nbd<'a>(socket: &'a str, file: &'a str) -> [&'a str; 7] {
+    ["qemu-nbd", "-t", "-f", "raw", "-k", socket, file]
+}
+
 // What qemu-nbd does with a raw file, and that it does not share its size, are two ranges.
 
 #[test]
@@ -127,15 +132,7 @@ fn a_base_that_is_written_to_is_refused_at_start() {
     let overlay = base.directory().join("diff.qcow2");
     let kept = kept_in(base.directory(), "diff.qcow2");
     let socket = base.directory().join("qemu-nbd");
-    let qemu_nbd = [
-        "qemu-nbd",
-        "-t",
-        "-f",
-        "raw",
-        "-k",
-        text(&socket),
-        base.path(),
-    ];
+    let qemu_nbd = qemu_nbd(text(&socket), base.path());
     let plugin = ["file", base.path(), &kept];
     let words = ["disk.img", "another program", "writes"];
 
@@ -167,15 +164,7 @@ fn a_base_with_a_protocol_is_not_locked() {
     write_through(&server.uri());
     run(&["qemu-io", "-f", "raw", "-c", "read 0 512", base.path()]);
     let socket = base.directory().join("qemu-nbd");
-    let qemu_nbd = [
-        "qemu-nbd",
-        "-t",
-        "-f",
-        "raw",
-        "-k",
-        text(&socket),
-        base.path(),
-    ];
+    let qemu_nbd = qemu_nbd(text(&socket), base.path());
     Holder::start(&qemu_nbd, 2).stop();
     server.stop();
     check(&overlay);

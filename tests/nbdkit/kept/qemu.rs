@@ -230,10 +230,14 @@ fn an_image_that_is_no_overlay_of_this_kind_any_more_is_refused() {
         ),
     ] {
         let copy = after(&disk, &shell);
-        let plugin = plugin(copy.path());
-        let plugin = plugin.each_ref().map(String::as_str);
-        assert_refused(&plugin, &copy.path().join("diff.qcow2"), &words);
+        assert_pair_refused(copy.path(), &words);
     }
+}
+
+fn assert_pair_refused(directory: &Path, words: &[&str]) {
+    let plugin = plugin(directory);
+    let plugin = plugin.each_ref().map(String::as_str);
+    assert_refused(&plugin, &directory.join("diff.qcow2"), words);
 }
 
 /// What was not made by this filter, or not for this.
@@ -265,9 +269,7 @@ fn an_image_of_another_kind_is_refused() {
             "rm diff.qcow2; qemu-img create -q -f qcow2 -o {options} -F raw -b disk.img diff.qcow2"
         );
         let copy = after(&disk, &shell);
-        let plugin = plugin(copy.path());
-        let plugin = plugin.each_ref().map(String::as_str);
-        assert_refused(&plugin, &copy.path().join("diff.qcow2"), &words);
+        assert_pair_refused(copy.path(), &words);
     }
 }
 
@@ -277,10 +279,7 @@ fn an_image_without_a_backing_file_is_refused() {
         &template(),
         "rm diff.qcow2; qemu-img create -q -f qcow2 diff.qcow2 4M",
     );
-    let plugin = plugin(copy.path());
-    let plugin = plugin.each_ref().map(String::as_str);
-    let words = ["no backing file", "qemu-img convert -O raw"];
-    assert_refused(&plugin, &copy.path().join("diff.qcow2"), &words);
+    assert_pair_refused(copy.path(), &["no backing file", "qemu-img convert -O raw"]);
 }
 
 /// The command that the messages have.
