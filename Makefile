@@ -2,7 +2,7 @@
 #
 # Settings go to the scripts through the environment, so that a path may
 # contain any character.
-export CRASH_SEED DEBIAN_MIRROR DISK DESTDIR FILTERDIR MANDIR STATEDIR LIBRARY ONLY PART \
+export CRASH_SEED DEBIAN_MIRROR DISK DESTDIR FILTERDIR MANDIR MINUTES STATEDIR LIBRARY ONLY PART \
 	QUICK SUITES THROW_AWAY_SYSTEM
 
 # Only from the command line: some systems have a variable of this name in the environment.
@@ -12,8 +12,8 @@ else
 unexport NAME
 endif
 
-.PHONY: build run check check-clients check-packages check-versions check-v2v
-.PHONY: crash fuzz bench
+.PHONY: build run check check-clients check-packages check-reliability check-versions check-v2v
+.PHONY: crash fuzz soak bench
 .PHONY: deps doc man install uninstall doctor
 .PHONY: dist check-dist sbom deb check-deb rpm check-rpm
 .PHONY: lint lint-crates clean help
@@ -38,6 +38,10 @@ check-packages:
 	@packaging/deps.sh package
 	@packaging/check.sh packages
 
+check-reliability:
+	@packaging/deps.sh check
+	@packaging/check.sh reliability
+
 check-versions:
 	@packaging/deps.sh roots
 	@packaging/check-versions.sh
@@ -53,6 +57,10 @@ crash:
 fuzz:
 	@packaging/deps.sh check
 	@packaging/fuzz.sh
+
+soak:
+	@packaging/deps.sh check
+	@packaging/soak.sh
 
 bench:
 	@packaging/deps.sh bench

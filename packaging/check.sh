@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# check.sh [clients|packages]
+# check.sh [clients|packages|reliability]
 #
-# Runs every test. clients: only those against nbdkit and its clients. packages: those of
-# Debian and RPM packages.
+# Runs every test but those of the other parts. clients: only those against nbdkit and its
+# clients. packages: those of Debian and RPM packages. reliability: what takes minutes, of
+# docs/reliability.md.
 . "$(dirname -- "$0")/common.sh"
 need_cargo
 cd -- "$root"
@@ -11,7 +12,7 @@ cd -- "$root"
 # be built before.
 case ${1:-all} in
 all)
-    cargo test --no-fail-fast
+    cargo test --no-fail-fast -- --skip reliability::
     tests/packaging/headers.sh
     tests/packaging/install.sh
     tests/packaging/doctor.sh
@@ -21,7 +22,7 @@ all)
     packaging/fuzz.sh 45
     ;;
 clients)
-    cargo test --no-fail-fast --test nbdkit
+    cargo test --no-fail-fast --test nbdkit -- --skip reliability::
     tests/packaging/headers.sh
     tests/packaging/install.sh
     tests/packaging/doctor.sh
@@ -33,5 +34,6 @@ packages)
         "tests/packaging/$kind.sh"
     done
     ;;
-*) die "check.sh: unknown part '$1': clients or packages" ;;
+reliability) cargo test --no-fail-fast --test nbdkit -- reliability:: ;;
+*) die "check.sh: unknown part '$1': clients, packages or reliability" ;;
 esac

@@ -9,6 +9,9 @@ make check          installs what is missing and runs every test
 make check-clients  only the tests with nbdkit and its clients
 make check-packages the tests of the Debian and the RPM package; for a system that is
                     thrown away, which THROW_AWAY_SYSTEM=yes says
+make check-reliability
+                    what happens when something goes wrong: faults, full file systems,
+                    limits, leaks, signals, hostile clients (docs/reliability.md)
 make check-versions builds and tests it, packages too, in small systems of Debian 12, 13
                     and sid that it makes; SUITES= names others, DEBIAN_MIRROR=
                     where they come from
@@ -19,6 +22,8 @@ make crash          looks at what crashes leave of a kept overlay, at random, un
                     QEMU and guests do to its image, killed or not
 make fuzz           installs what is missing, and feeds damaged images to the filter
                     until Ctrl-C or until it finds something
+make soak           everything at once, with a model of each part of the disk; MINUTES=
+                    says for how long (3 if not set)
 make bench          installs what is missing, measures, and writes docs/performance
                     (ten minutes); QUICK=1: a minute, into target/bench;
                     ONLY=hosts: this part alone, into target/bench as well

@@ -39,6 +39,7 @@ mod kept;
 mod lab;
 mod machine;
 mod maps;
+#[path = "../nbdkit/harness/nbd.rs"]
 mod nbd;
 mod opening;
 mod plot;

@@ -36,6 +36,7 @@ mod logging;
 mod parameters;
 mod races;
 mod real_disk;
+mod reliability;
 mod requests;
 mod stacked;
 mod tmpdir;

@@ -3,8 +3,8 @@
 //! than the server does, and so would hide what the server costs.
 //!
 //! The protocol's names are those of the specification (doc/proto.md in
-//! NetworkBlockDevice/nbd). It speaks to servers that the benchmark started
-//! itself, so what is not as expected is an error, never a guess.
+//! NetworkBlockDevice/nbd). It speaks to servers that the benchmark or the test
+//! started itself, so what is not as expected is an error, never a guess.
 
 use std::io::{self, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,0 +1,1 @@
+//! A client that breaks the rules of the protocol.

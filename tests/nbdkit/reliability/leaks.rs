@@ -1,0 +1,1 @@
+//! Many connections, one after the other: nothing is left of them.

@@ -1,0 +1,1 @@
+//! cow-limit, beside many writers.

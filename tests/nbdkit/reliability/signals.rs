@@ -1,0 +1,1 @@
+//! Signals while requests are in flight.
