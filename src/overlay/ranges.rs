@@ -42,6 +42,11 @@ impl Ranges {
         Some(ByteRange { start, end })
     }
 
+    /// Whether any byte of `range` is in the set.
+    pub fn meets(&self, range: ByteRange) -> bool {
+        self.within(range).next().is_some()
+    }
+
     /// The parts of `range` that are in the set, in ascending order.
     pub fn within(&self, range: ByteRange) -> impl Iterator<Item = ByteRange> + '_ {
         let before = self.ends.range(..range.start).next_back();
@@ -100,6 +105,7 @@ mod tests {
             };
             let within: Vec<ByteRange> = ranges.within(asked).collect();
             let gaps: Vec<ByteRange> = ranges.gaps(asked).collect();
+            prop_assert_eq!(ranges.meets(asked), !within.is_empty());
             prop_assert!(within.iter().chain(&gaps).all(|part| !part.is_empty()));
             for at in 0..260 {
                 let is_asked = (asked.start..asked.end).contains(&at);

@@ -41,9 +41,9 @@ use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::ranges::Ranges;
-use super::stripes::AREA;
+use super::stripes::{AREA, Exclusive, Held};
 use super::{Overlay, State, Store};
-use crate::block::ByteRange;
+use crate::block::{BlockNum, ByteRange};
 use crate::error::Error;
 use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, Ordering, locked};
 
@@ -107,6 +107,13 @@ impl Pending {
 
     fn is_empty(&self) -> bool {
         locked(&self.ranges).is_empty()
+    }
+
+    /// Whether anything in `range` is still to be given back, or can't be.
+    fn has_any_of(&self, range: ByteRange) -> bool {
+        self.has_failed.load(Ordering::Relaxed)
+            || locked(&self.without_room).meets(range)
+            || locked(&self.ranges).meets(range)
     }
 }
 
@@ -243,7 +250,7 @@ impl<S: Store> Overlay<S> {
             end: piece.end.next_multiple_of(FILE_SYSTEM_BLOCK).min(self.size),
         };
         let blocks = self.block_size.touched_by(piece);
-        self.stripes.exclusive(&blocks, |_held| {
+        self.stripes.exclusive(&blocks, |held| {
             let mut data = Ranges::default();
             for run in self.map.runs(blocks.clone()) {
                 match run {
@@ -257,13 +264,41 @@ impl<S: Store> Overlay<S> {
             let mut has_punched = false;
             for unused in data.gaps(piece) {
                 match self.store.punch(unused) {
-                    Ok(done) => has_punched |= done,
+                    Ok(true) => {
+                        has_punched = true;
+                        self.note_given_back(held, unused);
+                    }
+                    Ok(false) => {}
                     Err(e) => self.note_not_punched(unused, &e),
                 }
             }
             length.adapt(begun.elapsed());
             has_punched
         })
+    }
+
+    /// `unused`, in which nothing is *data*, was punched out. The blocks that lie in it as a
+    /// whole are not stored any more. A large block, of which it is a part, is not once
+    /// nothing of it is pending. What a discard makes pending is a whole block, under the
+    /// hold, so a part that was stored again meanwhile is.
+    fn note_given_back(&self, held: &Held<'_, Exclusive>, unused: ByteRange) {
+        let blocks = self.block_size.touched_by(unused);
+        debug_assert!(held.covers(&blocks));
+        let is_given_back = |block: BlockNum| {
+            let whole = self.bytes_of(&(block..block.next()));
+            whole.clamp_to(unused) == whole || !self.pending.has_any_of(whole)
+        };
+        let mut given_back = blocks.clone();
+        if !is_given_back(given_back.start) {
+            given_back.start = given_back.start.next();
+        }
+        if given_back.start < given_back.end && !is_given_back(BlockNum(given_back.end.0 - 1)) {
+            given_back.end.0 -= 1;
+        }
+        if given_back.start < given_back.end {
+            // It does not grow the map, and the blocks are those of the disk.
+            let _ = self.map.set_given_back(&given_back);
+        }
     }
 
     /// That something can't be punched loses nothing but the space, since what is not

@@ -18,23 +18,31 @@ pub const ALL_ZERO: u64 = 0xffff_ffff_0000_0000;
 /// See the module's documentation.
 pub struct Leaf(pub [AtomicU64; WORDS_PER_LEAF as usize]);
 
+/// The `stored` and `zero` bits of the block with number 0 in a word.
+const STORED: u64 = 1;
+const ZERO: u64 = 1 << BLOCKS_PER_WORD;
+
 /// The state of the block with number `bit` in a word.
 fn state_in(word: u64, bit: u64) -> State {
-    if (word >> bit) & 1 != 0 {
-        State::Data
-    } else if (word >> (bit + BLOCKS_PER_WORD)) & 1 != 0 {
-        State::Zero
-    } else {
-        State::Base
+    match (word >> bit) & (STORED | ZERO) {
+        0 => State::Base,
+        STORED => State::Data,
+        _ => State::Zero,
     }
+}
+
+/// A word with the `stored` bits of the *data* blocks only: those of zeroed blocks whose
+/// space was not given back yet are of no interest to a reader.
+pub fn shown(word: u64) -> u64 {
+    word & !(word >> BLOCKS_PER_WORD)
 }
 
 /// How many blocks of a word, from the one with number `bit` on, are in `state`.
 fn same_from(word: u64, bit: u64, state: State) -> u64 {
-    let (data, zero) = (word as u32, (word >> BLOCKS_PER_WORD) as u32);
+    let (stored, zero) = (word as u32, (word >> BLOCKS_PER_WORD) as u32);
     let same = match state {
-        State::Base => !(data | zero),
-        State::Data => data,
+        State::Base => !(stored | zero),
+        State::Data => stored & !zero,
         State::Zero => zero,
     };
     u64::from((same >> bit).trailing_ones()).min(BLOCKS_PER_WORD - bit)
@@ -65,18 +73,45 @@ impl Leaf {
         (state, at.min(end))
     }
 
-    pub fn update(&self, mut at: u64, end: u64, f: impl Fn(u64, u64) -> u64) -> bool {
-        let mut changed = false;
+    /// How many blocks from `at` to `end` are stored, and how many of them are *zero*.
+    pub fn usage(&self, mut at: u64, end: u64) -> (u64, u64) {
+        let (mut stored, mut unused) = (0, 0);
         while at < end {
             let count = (BLOCKS_PER_WORD - at % BLOCKS_PER_WORD).min(end - at);
-            changed |= self.update_word(at, count, &f);
+            let word = self.word(at).load(Ordering::Acquire);
+            let of_range = word & (((1 << count) - 1) << (at % BLOCKS_PER_WORD));
+            stored += u64::from(of_range.count_ones());
+            unused += u64::from((of_range & (word >> BLOCKS_PER_WORD)).count_ones());
             at += count;
         }
-        changed
+        (stored, unused)
+    }
+
+    /// Makes `f(word, mask)` of every word that has blocks from `at` to `end`, where
+    /// `mask` has their `stored` bits. `seen` gets those that have changed, before and
+    /// after.
+    pub fn update(
+        &self,
+        mut at: u64,
+        end: u64,
+        f: impl Fn(u64, u64) -> u64,
+        mut seen: impl FnMut(u64, u64),
+    ) {
+        while at < end {
+            let count = (BLOCKS_PER_WORD - at % BLOCKS_PER_WORD).min(end - at);
+            self.update_word(at, count, &f, &mut seen);
+            at += count;
+        }
     }
 
     /// The same for `count` blocks of one word, from block `at` on.
-    pub fn update_word(&self, at: u64, count: u64, f: impl Fn(u64, u64) -> u64) -> bool {
+    pub fn update_word(
+        &self,
+        at: u64,
+        count: u64,
+        f: impl Fn(u64, u64) -> u64,
+        mut seen: impl FnMut(u64, u64),
+    ) {
         let mask = ((1 << count) - 1) << (at % BLOCKS_PER_WORD);
         let word = self.word(at);
         let mut old = word.load(Ordering::Relaxed);
@@ -85,11 +120,11 @@ impl Leaf {
             // A sweep over blocks that are right already, the common case when a
             // disk is written twice, must not take the cache line from readers.
             if new == old {
-                return false;
+                return;
             }
             // Release: invariant 3.
             match word.compare_exchange_weak(old, new, Ordering::Release, Ordering::Relaxed) {
-                Ok(_) => return true,
+                Ok(_) => return seen(old, new),
                 Err(present) => old = present,
             }
         }

@@ -2,23 +2,24 @@
 //!
 //! # States
 //!
-//! | `data` bit | `zero` bit | state | a read gets |
+//! | `stored` bit | `zero` bit | state | a read gets |
 //! |---|---|---|---|
 //! | 0 | 0 | [`State::Base`] | the bytes of the base |
 //! | 1 | 0 | [`State::Data`] | the bytes of the overlay file |
 //! | 0 | 1 | [`State::Zero`] | zeroes; nothing is stored |
-//! | 1 | 1 | never | |
+//! | 1 | 1 | [`State::Zero`] | zeroes; the space was not given back yet |
 //!
-//! One 64-bit word holds 32 blocks, bits 0-31 `data` and bits 32-63 `zero`,
-//! which is the subcluster bitmap of a qcow2 extended L2 entry.
+//! One 64-bit word holds 32 blocks, bits 0-31 `stored` and bits 32-63 `zero`. Without the
+//! `stored` bits of *zero* blocks it is the subcluster bitmap of a qcow2 extended L2 entry
+//! ([`BlockMap::word`]).
 //!
 //! # Invariants
 //!
 //! 1. Both bits of a block change in one atomic operation, so that nobody sees
-//!    both set or a state in between.
+//!    a state in between.
 //! 2. A block never goes back to *base*.
-//! 3. Whoever sets `data` has put all bytes of the block into the file before
-//!    (the bit is stored with *release*, and read with *acquire*). The map can't
+//! 3. Whoever makes a block *data* has put all its bytes into the file before
+//!    (the bits are stored with *release*, and read with *acquire*). The map can't
 //!    check that: it is the duty of the overlay.
 //! 4. Memory that a reader can reach stays until the map is dropped. That is
 //!    what lets reads go without a lock and without reference counts: a slot of
@@ -44,7 +45,7 @@ use std::ptr;
 use crate::block::BlockNum;
 use crate::error::{Error, Result};
 use crate::sync::{AtomicPtr, Ordering};
-use leaf::{ALL_ZERO, BLOCKS_PER_LEAF, BLOCKS_PER_WORD, Leaf, WORDS_PER_LEAF};
+use leaf::{ALL_ZERO, BLOCKS_PER_LEAF, BLOCKS_PER_WORD, Leaf, WORDS_PER_LEAF, shown};
 
 /// Where the bytes of a block are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,24 +175,46 @@ impl BlockMap {
     /// are in the file: invariant 3.
     /// ENOMEM if the map can't grow; some of the blocks may be *data* by then.
     pub fn set_data(&self, blocks: &Range<BlockNum>) -> Result<bool> {
-        self.update(blocks, None, |word, mask| {
+        self.change(blocks, None, |word, mask| {
             (word | mask) & !(mask << BLOCKS_PER_WORD)
         })
     }
 
-    /// Makes `blocks` *zero*, whatever they were. The rest as for [`BlockMap::set_data`].
+    /// Makes `blocks` *zero*, whatever they were: those of them that were *data* are still
+    /// stored, until [`BlockMap::set_given_back`]. The rest as for [`BlockMap::set_data`].
     pub fn set_zero(&self, blocks: &Range<BlockNum>) -> Result<bool> {
-        self.update(blocks, Some(ZEROED), |word, mask| {
-            (word & !mask) | (mask << BLOCKS_PER_WORD)
+        self.change(blocks, Some(ZEROED), |word, mask| {
+            word | (mask << BLOCKS_PER_WORD)
         })
     }
 
     /// Makes those of `blocks` that are *base* into *zero*. The rest as for
     /// [`BlockMap::set_data`].
     pub fn set_zero_unless_data(&self, blocks: &Range<BlockNum>) -> Result<bool> {
-        self.update(blocks, Some(ZEROED), |word, mask| {
+        self.change(blocks, Some(ZEROED), |word, mask| {
             word | ((mask & !word) << BLOCKS_PER_WORD)
         })
+    }
+
+    /// Those of `blocks` that are *zero* are not stored any more. Returns how many were.
+    pub fn set_given_back(&self, blocks: &Range<BlockNum>) -> Result<u64> {
+        let mut given_back = 0;
+        self.for_each_leaf(blocks, |leaf, at, end| {
+            leaf.update(
+                at,
+                end,
+                |word, mask| word & !(mask & (word >> BLOCKS_PER_WORD)),
+                |old, new| given_back += u64::from((old ^ new).count_ones()),
+            );
+        })?;
+        Ok(given_back)
+    }
+
+    /// How many of `blocks` are stored, be they *data* or *zero*.
+    pub fn stored(&self, blocks: &Range<BlockNum>) -> Result<u64> {
+        let mut stored = 0;
+        self.for_each_leaf(blocks, |leaf, at, end| stored += leaf.usage(at, end).0)?;
+        Ok(stored)
     }
 
     /// The word that has the states of 32 blocks from `32 * index` on. Blocks that
@@ -201,7 +224,7 @@ impl BlockMap {
         match self.lookup(block).0 {
             Slot::Untouched => 0,
             Slot::Zeroed => ALL_ZERO,
-            Slot::Leaf(leaf) => leaf.word(block).load(Ordering::Acquire),
+            Slot::Leaf(leaf) => shown(leaf.word(block).load(Ordering::Acquire)),
         }
     }
 
@@ -273,11 +296,10 @@ impl BlockMap {
         }
     }
 
-    /// Applies `f(word, mask)` to every word that has blocks of `blocks`, where
-    /// `mask` has their `data` bits, and tells whether a word changed. A leaf that
-    /// lies in `blocks` as a whole and does not exist yet becomes `whole_leaf`
-    /// instead, where that is given.
-    fn update(
+    /// Applies `f` to every word that has blocks of `blocks`, as [`Leaf::update`] does, and
+    /// tells whether anything changed. A leaf that lies in `blocks` as a whole and does not
+    /// exist yet becomes `whole_leaf` instead, where that is given.
+    fn change(
         &self,
         blocks: &Range<BlockNum>,
         whole_leaf: Option<*mut u8>,
@@ -289,7 +311,8 @@ impl BlockMap {
         // Most requests are a block or a few.
         if at / BLOCKS_PER_WORD == (end - 1) / BLOCKS_PER_WORD {
             let leaf = leaf_of(self.leaf_slot(at)?)?;
-            return Ok(leaf.update_word(at, end - at, &f));
+            leaf.update_word(at, end - at, &f, |_, _| changed = true);
+            return Ok(changed);
         }
         while at < end {
             let slot = self.leaf_slot(at)?;
@@ -300,13 +323,33 @@ impl BlockMap {
                 Some(mark) if is_whole => mark_slot(slot, mark),
                 _ => None,
             };
-            changed |= match marked {
-                Some(changed) => changed,
-                None => leaf_of(slot)?.update(at, limit, &f),
-            };
+            match marked {
+                Some(marked) => changed |= marked,
+                None => leaf_of(slot)?.update(at, limit, &f, |_, _| changed = true),
+            }
             at = limit;
         }
         Ok(changed)
+    }
+
+    /// Calls `f` with each leaf that has blocks of `blocks`, and which: from the one to
+    /// before the other.
+    fn for_each_leaf(
+        &self,
+        blocks: &Range<BlockNum>,
+        mut f: impl FnMut(&Leaf, u64, u64),
+    ) -> Result<()> {
+        self.check(blocks)?;
+        let mut at = blocks.start.0;
+        while at < blocks.end.0 {
+            let (slot, slot_end) = self.lookup(at);
+            let end = blocks.end.0.min(slot_end);
+            if let Slot::Leaf(leaf) = slot {
+                f(leaf, at, end);
+            }
+            at = end;
+        }
+        Ok(())
     }
 
     /// The slot of the lowest level for `block`; nodes on the way there are made.
@@ -562,31 +605,64 @@ mod tests {
 
     proptest! {
         #[test]
-        fn runs_equal_a_plain_vector_of_states(
+        fn a_map_equals_a_plain_vector_of_states(
             blocks in 1u64..9000,
-            operations in prop::collection::vec((0..3, any::<u64>(), any::<u64>()), 0..40)
+            operations in prop::collection::vec((0..4, any::<u64>(), any::<u64>()), 0..40),
+            asked in (any::<u64>(), any::<u64>()),
         ) {
             let map = map(blocks);
-            let mut model = vec![State::Base; blocks as usize];
-            for (operation, a, b) in operations {
+            let within = |(a, b): (u64, u64)| {
                 let (a, b) = (a % blocks, b % blocks);
-                let (start, end) = (a.min(b), a.max(b) + 1);
-                let touched = &mut model[start as usize..end as usize];
+                a.min(b)..a.max(b) + 1
+            };
+            let indices = |blocks: &Range<u64>| blocks.start as usize..blocks.end as usize;
+            let mut model = vec![State::Base; blocks as usize];
+            let mut stored = vec![false; blocks as usize];
+            for (operation, a, b) in operations {
+                let touched = within((a, b));
+                let states = &mut model[indices(&touched)];
+                let stored = &mut stored[indices(&touched)];
                 match operation {
                     0 => {
-                        map.set_data(&range(start..end)).expect("in range");
-                        touched.fill(State::Data);
+                        map.set_data(&range(touched)).expect("in range");
+                        states.fill(State::Data);
+                        stored.fill(true);
                     }
                     1 => {
-                        map.set_zero(&range(start..end)).expect("in range");
-                        touched.fill(State::Zero);
+                        map.set_zero(&range(touched)).expect("in range");
+                        states.fill(State::Zero);
                     }
-                    _ => {
-                        map.set_zero_unless_data(&range(start..end)).expect("in range");
-                        for state in touched.iter_mut().filter(|state| **state == State::Base) {
+                    2 => {
+                        map.set_zero_unless_data(&range(touched)).expect("in range");
+                        for state in states.iter_mut().filter(|state| **state == State::Base) {
                             *state = State::Zero;
                         }
                     }
+                    _ => {
+                        let mut given_back = 0;
+                        for (state, stored) in states.iter().zip(stored) {
+                            if *state == State::Zero && *stored {
+                                *stored = false;
+                                given_back += 1;
+                            }
+                        }
+                        prop_assert_eq!(map.set_given_back(&range(touched)).expect("in range"), given_back);
+                    }
+                }
+            }
+            let asked = within(asked);
+            let expected = stored[indices(&asked)].iter().filter(|stored| **stored).count();
+            prop_assert_eq!(map.stored(&range(asked)).expect("in range"), expected as u64);
+            for index in 0..blocks.div_ceil(BLOCKS_PER_WORD) {
+                let word = map.word(index);
+                for (bit, state) in (0..BLOCKS_PER_WORD).zip(&model[(index * BLOCKS_PER_WORD) as usize..]) {
+                    let bits = (word >> bit) & (1 | 1 << BLOCKS_PER_WORD);
+                    let expected = match state {
+                        State::Base => 0,
+                        State::Data => 1,
+                        State::Zero => 1 << BLOCKS_PER_WORD,
+                    };
+                    prop_assert_eq!(bits, expected);
                 }
             }
             let mut at = 0;
