@@ -51,6 +51,8 @@ must_find 'lost-write untold-write blind-punch late-mark joined-flush late-failu
     kept::a_change_that_another_request_has_made_is_safe_after_a_flush \
     kept::each_of_many_flushes_covers_what_was_written_before_it \
     kept::faults::no_flush_is_told_of_the_failure_of_one_after_a_good_one
-must_find lost-update writes_of_two_neighbouring_blocks_both_survive
+must_find 'lost-update stale-leaf' \
+    map::a_leaf_that_serves_another_part_is_not_taken_for_the_old_one \
+    writes_of_two_neighbouring_blocks_both_survive
 forget_builds
 say 'It found the bugs.'

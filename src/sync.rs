@@ -5,13 +5,13 @@
 #[cfg(not(loom))]
 pub use std::sync::{
     Condvar, Mutex, MutexGuard, RwLock,
-    atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering, fence},
 };
 
 #[cfg(loom)]
 pub use loom::sync::{
     Condvar, Mutex, MutexGuard, RwLock,
-    atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering, fence},
 };
 
 /// Takes `mutex`, whether or not somebody has panicked while holding it: what the

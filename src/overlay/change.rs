@@ -21,8 +21,9 @@ use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::buffer;
 use crate::error::{Error, Result};
 
-/// How many bytes of the disk are discarded under one hold of the stripes. Most windows
-/// cover whole leaves of the block map, which costs no time for each block.
+/// How many bytes of the disk are discarded under one hold of the stripes, where there is
+/// something in the block map. Most windows cover whole leaves, which costs no time for
+/// each block. A part for which there is nothing costs the same whatever its size.
 const WINDOW: u64 = 1 << 30;
 
 /// A part of a block that is to be changed by a read-modify-write.
@@ -317,7 +318,8 @@ impl<S: Store> Overlay<S> {
     fn step_end(&self, start: BlockNum, content: Content<'_>) -> BlockNum {
         if content.may_trim() {
             let step = (WINDOW / self.block_size.bytes()).max(1);
-            return BlockNum((start.0 / step + 1) * step);
+            let window = BlockNum((start.0 / step + 1) * step);
+            return window.max(self.map.part_end(start));
         }
         self.stripes.area_end(start)
     }

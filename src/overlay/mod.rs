@@ -91,7 +91,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 pub use content::Zeroing;
-pub use map::{BlockMap, State};
+pub use map::{BlockMap, State, Usage};
 pub use reclaim::Reclaim;
 pub use store::Store;
 
@@ -151,6 +151,8 @@ impl<S: Store> Overlay<S> {
             ..Self::new(size, block_size, store)
         };
         load(&overlay.store, &overlay.map)?;
+        // Nobody else has it yet.
+        overlay.map.prune(&(BlockNum(0)..block_size.count(size)));
         Ok(overlay)
     }
 
@@ -166,6 +168,12 @@ impl<S: Store> Overlay<S> {
     /// Whether every block is *base*.
     pub fn is_untouched(&self) -> bool {
         self.map.is_untouched()
+    }
+
+    /// What the block map has in it now. Takes time for each part of the disk that was
+    /// written to.
+    pub fn usage(&self) -> Usage {
+        self.map.usage()
     }
 
     /// Where the bytes are kept.

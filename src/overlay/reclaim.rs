@@ -235,6 +235,7 @@ impl<S: Store> Overlay<S> {
             ..range
         });
         if !piece.is_empty() && self.punch_unused(piece, &mut length) {
+            self.shrink_map(piece);
             self.reclaim.pieces.fetch_add(1, Ordering::Relaxed);
             self.pending.retry();
         }

@@ -43,6 +43,9 @@ impl<S: Store> Overlay<S> {
         }
         log::trace!("zero {range:?}, {how:?}");
         let done = self.change(base, range, Content::Zeroes(how));
+        if how.may_trim() {
+            self.shrink_map(range);
+        }
         self.give_back_later();
         self.give_back_if_failed(range, done)
     }
@@ -119,7 +122,26 @@ impl<S: Store> Overlay<S> {
         if let Some(unused) = unused {
             self.pending.insert(unused);
         }
+        self.map.prune(blocks);
         Ok(())
+    }
+
+    /// Gives up the memory of the map for parts of the disk that have become zeroes piece
+    /// by piece, of which the last ones were in `range`. No stripe is held.
+    ///
+    /// What lies in `range` as a whole was given up when it became zeroes.
+    pub(super) fn shrink_map(&self, range: ByteRange) {
+        let blocks = self.block_size.touched_by(range);
+        if blocks.is_empty() {
+            return;
+        }
+        for block in [blocks.start, BlockNum(blocks.end.0 - 1)] {
+            // One level of the tree after the other.
+            while let Some(whole) = self.map.zeroed_around(block) {
+                self.stripes
+                    .exclusive(&whole, |_alone| self.map.prune(&whole));
+            }
+        }
     }
 
     /// Makes `blocks` zeroes that take space.

@@ -163,3 +163,70 @@ fn a_block_that_can_not_be_freed_fails_no_request() {
     assert_eq!(disk.store().changes(), next + 1, "the hole was tried");
     assert_eq!(state(&disk, 0), State::Zero);
 }
+
+/// The map of a disk of 7 EiB, in bytes, after `requests`.
+fn map_memory(requests: impl FnOnce(&TestBase, &Overlay<TestStore>)) -> u64 {
+    let (base, disk) = test_disk(7 << 60);
+    requests(&base, &disk);
+    disk.give_back();
+    disk.usage().memory
+}
+
+#[test]
+fn zeroing_the_largest_disk_takes_no_memory() {
+    for how in [Zeroing::Trim, DISCARD] {
+        let memory = map_memory(|base, disk| {
+            disk.zero(base, 0, disk.size(), how).expect("a good zero");
+            assert_eq!(state(disk, disk.size() - 1), State::Zero);
+        });
+        assert_eq!(memory, 0);
+        // With something in it, and not at the bounds of a block.
+        let memory = map_memory(|base, disk| {
+            disk.write(base, &[7; 10], 3 << 60).expect("a good write");
+            disk.zero(base, 5, disk.size() - 10, how)
+                .expect("a good zero");
+            assert_eq!(state(disk, 3 << 60), State::Zero);
+            assert_eq!(state(disk, 6 << 60), State::Zero);
+        });
+        assert!(memory < 100 << 10, "{memory} bytes");
+    }
+}
+
+#[test]
+fn a_part_that_was_written_and_trimmed_piece_by_piece_takes_no_memory() {
+    // What a leaf of the map is in charge of.
+    const LEAF: u64 = 2048 * BLOCK;
+    let memory = map_memory(|base, disk| {
+        for part in 0..20 {
+            let start = part * LEAF;
+            disk.write(base, &[7; 10], start + LEAF / 2)
+                .expect("a good write");
+            for piece in (0..LEAF).step_by(BLOCK as usize) {
+                disk.zero(base, start + piece, BLOCK, Zeroing::Trim)
+                    .expect("a good trim");
+            }
+        }
+    });
+    // One leaf, and the nodes above it.
+    assert!(memory < 40 << 10, "{memory} bytes");
+}
+
+#[test]
+fn a_block_is_stored_until_it_was_punched_out() {
+    for block in [512, 4096, 64 << 10, 1 << 20, 4 << 20] {
+        let size = 8 << 20;
+        let base = TestBase::new(size);
+        let disk = Overlay::new(size, block_size(block), TestStore::default());
+        let usage = || {
+            let usage = disk.usage();
+            (usage.data * block, usage.unused * block)
+        };
+        disk.write(&base, &vec![7; 4 << 20], 0)
+            .expect("a good write");
+        assert_eq!(usage(), (4 << 20, 0));
+        // Without a thread, what is trimmed is punched out at once.
+        disk.zero(&base, 0, 4 << 20, Zeroing::Trim)
+            .expect("a good trim");
+        assert_eq!(usage(), (0, 0), "{block}");
+    }
+}

@@ -2,9 +2,10 @@
 //! [`super`].
 
 use std::array;
+use std::ptr;
 
 use super::State;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 
 pub const BLOCKS_PER_WORD: u64 = 32;
 /// (The model checker can't cope with many atomics, and needs no more than two of
@@ -16,7 +17,11 @@ pub const BLOCKS_PER_LEAF: u64 = BLOCKS_PER_WORD * WORDS_PER_LEAF;
 pub const ALL_ZERO: u64 = 0xffff_ffff_0000_0000;
 
 /// See the module's documentation.
-pub struct Leaf(pub [AtomicU64; WORDS_PER_LEAF as usize]);
+pub struct Leaf {
+    words: [AtomicU64; WORDS_PER_LEAF as usize],
+    /// While it is not in use: the next one that is not.
+    pub next: AtomicPtr<u8>,
+}
 
 /// The `stored` and `zero` bits of the block with number 0 in a word.
 const STORED: u64 = 1;
@@ -49,12 +54,45 @@ fn same_from(word: u64, bit: u64, state: State) -> u64 {
 }
 
 impl Leaf {
-    pub fn new(word: u64) -> Self {
-        Leaf(array::from_fn(|_| AtomicU64::new(word)))
+    /// With every block *zero*, or *base*.
+    pub fn new(is_zeroed: bool) -> Self {
+        Leaf {
+            words: array::from_fn(|_| AtomicU64::new(Self::word_of(is_zeroed))),
+            next: AtomicPtr::new(ptr::null_mut()),
+        }
+    }
+
+    /// Makes it what [`Leaf::new`] makes.
+    pub fn renew(&self, is_zeroed: bool) {
+        for word in &self.words {
+            word.store(Self::word_of(is_zeroed), Ordering::Relaxed);
+        }
+    }
+
+    fn word_of(is_zeroed: bool) -> u64 {
+        if is_zeroed { ALL_ZERO } else { 0 }
+    }
+
+    /// Makes its words the given ones, as far as those go.
+    pub fn fill(&self, words: &[u64]) {
+        for (place, word) in self.words.iter().zip(words) {
+            place.store(*word, Ordering::Release);
+        }
+    }
+
+    /// Whether all blocks from `start` to `end`, where the leaf or the disk ends, are *zero*
+    /// and not stored. `start` is the leaf's first.
+    pub fn is_zeroed(&self, start: u64, end: u64) -> bool {
+        let whole = ((end - start) / BLOCKS_PER_WORD) as usize;
+        let rest = (end - start) % BLOCKS_PER_WORD;
+        let of_rest = ((1 << rest) - 1) << BLOCKS_PER_WORD;
+        let is = |word: &AtomicU64, expected| word.load(Ordering::Acquire) == expected;
+        let (words, others) = self.words.split_at(whole);
+        words.iter().all(|word| is(word, ALL_ZERO)) && (rest == 0 || is(&others[0], of_rest))
     }
 
     pub fn word(&self, block: u64) -> &AtomicU64 {
-        &self.0[(block / BLOCKS_PER_WORD % WORDS_PER_LEAF) as usize]
+        &self.words[(block / BLOCKS_PER_WORD % WORDS_PER_LEAF) as usize]
     }
 
     /// The state of block `at`, and the end of the run that starts there, at most `end`.

@@ -21,31 +21,31 @@
 //! 3. Whoever makes a block *data* has put all its bytes into the file before
 //!    (the bits are stored with *release*, and read with *acquire*). The map can't
 //!    check that: it is the duty of the overlay.
-//! 4. Memory that a reader can reach stays until the map is dropped. That is
-//!    what lets reads go without a lock and without reference counts: a slot of
-//!    the tree goes from *nothing* to *zeroed* to *a node*, never back, and a
-//!    node that was linked in is never unlinked.
+//! 4. Memory that a reader can reach stays until the map is dropped, and serves for
+//!    nothing but the map. That is what lets reads go without a lock and without
+//!    reference counts: see `tree`.
 //!
 //! # Shape
 //!
 //! A radix tree: leaves of 64 words (2048 blocks; 8 MiB of disk at 4K blocks),
 //! and as many levels of 512-slot nodes as the disk's size asks for. A part of
-//! the disk that nobody wrote to has no leaf, and one that was zeroed as a whole
-//! has the mark [`ZEROED`] in place of a leaf. So the memory taken follows what
-//! was written, an untouched 7 EiB disk takes one node, and zeroing takes
+//! the disk that nobody wrote to has no leaf. One that was zeroed as a whole
+//! has a mark in the place of what would be in charge of it, on the highest level on which
+//! nothing else is. A leaf or a node in which all has become zeroes, and nothing is stored,
+//! gives way to such a mark ([`BlockMap::prune`]). So the memory taken follows what
+//! is stored, an untouched or zeroed 7 EiB disk takes nothing, and zeroing takes
 //! neither a word per block nor time per block.
 
 mod leaf;
+mod tree;
 
-use std::alloc::{self, Layout};
-use std::array;
 use std::ops::Range;
-use std::ptr;
 
 use crate::block::BlockNum;
 use crate::error::{Error, Result};
-use crate::sync::{AtomicPtr, Ordering};
+use crate::sync::Ordering;
 use leaf::{ALL_ZERO, BLOCKS_PER_LEAF, BLOCKS_PER_WORD, Leaf, WORDS_PER_LEAF, shown};
+use tree::{Found, Tree};
 
 /// Where the bytes of a block are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,56 +58,40 @@ pub enum State {
     Zero,
 }
 
-const SLOTS_SHIFT: u32 = if cfg!(loom) { 1 } else { 9 };
-const SLOTS: usize = 1 << SLOTS_SHIFT;
-
 /// 8 EiB in the smallest blocks; no disk is larger. With five levels of nodes the
 /// tree spans 2^56 blocks, so no shift of a block number overflows.
 const MAX_BLOCKS: u64 = 1 << (63 - 9);
 
-/// A slot points to another node, to a leaf on the lowest level, or nowhere.
-struct Node([AtomicPtr<u8>; SLOTS]);
-
-/// Stands in a slot for a leaf whose every block is *zero*. No allocation has
-/// this address, because those are aligned.
-const ZEROED: *mut u8 = ptr::without_provenance_mut(1);
-
-/// What a slot of the lowest level holds.
-enum Slot<'a> {
-    /// Every block is *base*.
-    Untouched,
-    /// Every block is *zero*.
-    Zeroed,
-    Leaf(&'a Leaf),
-}
-
 /// See the module's documentation.
 pub struct BlockMap {
-    /// A slot like any other, on top of `levels` levels of nodes.
-    root: AtomicPtr<u8>,
-    levels: u32,
+    tree: Tree,
     blocks: u64,
+}
+
+/// What a map has in it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// How many blocks are *data*.
+    pub data: u64,
+    /// How many blocks are *zero* and stored: their space is to be given back.
+    pub unused: u64,
+    /// How many bytes of memory the map takes.
+    pub memory: u64,
 }
 
 impl BlockMap {
     /// A map of `blocks` blocks, all of them *base*; at most 2^54.
     pub fn new(blocks: BlockNum) -> Self {
         assert!(blocks.0 <= MAX_BLOCKS, "{blocks:?} is larger than any disk");
-        let leaves = blocks.0.div_ceil(BLOCKS_PER_LEAF);
-        let mut levels = 0;
-        while leaves > 1 << (levels * SLOTS_SHIFT) {
-            levels += 1;
-        }
         BlockMap {
-            root: AtomicPtr::new(ptr::null_mut()),
-            levels,
+            tree: Tree::new(blocks.0),
             blocks: blocks.0,
         }
     }
 
     /// Whether every block is *base*.
     pub fn is_untouched(&self) -> bool {
-        self.root.load(Ordering::Acquire).is_null()
+        self.tree.is_untouched()
     }
 
     /// The state of `block`. EINVAL if there is no such block.
@@ -137,15 +121,17 @@ impl BlockMap {
     }
 
     /// The state of block `at`, and the end of the run that starts there, at most
-    /// `end` and within what one slot is in charge of.
+    /// `end` and within what one slot of the tree is in charge of.
     fn run_in_slot(&self, at: u64, end: u64) -> (State, u64) {
-        let (slot, slot_end) = self.lookup(at);
-        let end = end.min(slot_end);
-        match slot {
-            Slot::Untouched => (State::Base, end),
-            Slot::Zeroed => (State::Zero, end),
-            Slot::Leaf(leaf) => leaf.run(at, end),
-        }
+        self.tree.look(|tree| {
+            let (found, slot_end) = tree.lookup(at);
+            let end = end.min(slot_end);
+            match found {
+                Found::Untouched => (State::Base, end),
+                Found::Zeroed => (State::Zero, end),
+                Found::Leaf(leaf) => leaf.run(at, end),
+            }
+        })
     }
 
     /// Whether a leaf, or a part of the tree that has none, may begin at block `at`.
@@ -172,28 +158,101 @@ impl BlockMap {
     }
 
     /// Makes `blocks` *data*, and tells whether that changed anything. Their bytes
-    /// are in the file: invariant 3.
+    /// are in the file: invariant 3. Who changes blocks holds their stripes.
     /// ENOMEM if the map can't grow; some of the blocks may be *data* by then.
     pub fn set_data(&self, blocks: &Range<BlockNum>) -> Result<bool> {
-        self.change(blocks, None, |word, mask| {
-            (word | mask) & !(mask << BLOCKS_PER_WORD)
-        })
+        self.check(blocks)?;
+        let f = |word: u64, mask: u64| (word | mask) & !(mask << BLOCKS_PER_WORD);
+        let mut changed = false;
+        let (mut at, end) = (blocks.start.0, blocks.end.0);
+        // Most requests are a block or a few.
+        if at / BLOCKS_PER_WORD == (end - 1) / BLOCKS_PER_WORD {
+            let leaf = self.tree.leaf(at)?;
+            leaf.update_word(at, end - at, f, |_, _| changed = true);
+            return Ok(changed);
+        }
+        while at < end {
+            let limit = end.min((at / BLOCKS_PER_LEAF + 1) * BLOCKS_PER_LEAF);
+            let leaf = self.tree.leaf(at)?;
+            leaf.update(at, limit, f, |_, _| changed = true);
+            at = limit;
+        }
+        Ok(changed)
     }
 
     /// Makes `blocks` *zero*, whatever they were: those of them that were *data* are still
     /// stored, until [`BlockMap::set_given_back`]. The rest as for [`BlockMap::set_data`].
     pub fn set_zero(&self, blocks: &Range<BlockNum>) -> Result<bool> {
-        self.change(blocks, Some(ZEROED), |word, mask| {
-            word | (mask << BLOCKS_PER_WORD)
-        })
+        self.zero(blocks, |word, mask| word | (mask << BLOCKS_PER_WORD))
     }
 
     /// Makes those of `blocks` that are *base* into *zero*. The rest as for
     /// [`BlockMap::set_data`].
     pub fn set_zero_unless_data(&self, blocks: &Range<BlockNum>) -> Result<bool> {
-        self.change(blocks, Some(ZEROED), |word, mask| {
+        self.zero(blocks, |word, mask| {
             word | ((mask & !word) << BLOCKS_PER_WORD)
         })
+    }
+
+    /// Makes `blocks` zeroes: by `f` where there are words, as [`Leaf::update`] has it.
+    fn zero(&self, blocks: &Range<BlockNum>, f: impl Fn(u64, u64) -> u64) -> Result<bool> {
+        self.check(blocks)?;
+        let mut changed = false;
+        let mut at = blocks.start.0;
+        while at < blocks.end.0 {
+            let (marked, leaf, end) = self.tree.zero(at, blocks.end.0)?;
+            changed |= marked;
+            if let Some(leaf) = leaf {
+                leaf.update(at, end, &f, |_, _| changed = true);
+            }
+            at = end;
+        }
+        Ok(changed)
+    }
+
+    /// The end of the part of the disk that `block` is in and that has no leaf; or of its
+    /// leaf.
+    pub fn part_end(&self, block: BlockNum) -> BlockNum {
+        BlockNum(self.tree.look(|tree| tree.lookup(block.0).1))
+    }
+
+    /// The blocks that share a leaf or a node of the tree with `block`, if all of them are
+    /// *zero* and none is stored: then [`BlockMap::prune`] can do something for them.
+    pub fn zeroed_around(&self, block: BlockNum) -> Option<Range<BlockNum>> {
+        let blocks = self.tree.zeroed_around(block.0)?;
+        Some(BlockNum(blocks.start)..BlockNum(blocks.end))
+    }
+
+    /// Gives up leaves and nodes that have nothing but blocks of `blocks`, all of them
+    /// *zero* and not stored. The stripes of `blocks` are held exclusively.
+    pub fn prune(&self, blocks: &Range<BlockNum>) {
+        self.tree.prune(&(blocks.start.0..blocks.end.0));
+    }
+
+    /// What is in the map now. Takes time for each leaf.
+    pub fn usage(&self) -> Usage {
+        let mut usage = Usage {
+            memory: self.tree.memory(),
+            ..Usage::default()
+        };
+        let mut at = 0;
+        while at < self.blocks {
+            let (stored, unused, end) = self.tree.look(|tree| {
+                let (found, end) = tree.lookup(at);
+                let end = end.min(self.blocks);
+                match found {
+                    Found::Leaf(leaf) => {
+                        let (stored, unused) = leaf.usage(at, end);
+                        (stored, unused, end)
+                    }
+                    Found::Untouched | Found::Zeroed => (0, 0, end),
+                }
+            });
+            usage.data += stored - unused;
+            usage.unused += unused;
+            at = end;
+        }
+        usage
     }
 
     /// Those of `blocks` that are *zero* are not stored any more. Returns how many were.
@@ -221,11 +280,11 @@ impl BlockMap {
     /// the disk does not have may be in any state.
     pub fn word(&self, index: u64) -> u64 {
         let block = index * BLOCKS_PER_WORD;
-        match self.lookup(block).0 {
-            Slot::Untouched => 0,
-            Slot::Zeroed => ALL_ZERO,
-            Slot::Leaf(leaf) => shown(leaf.word(block).load(Ordering::Acquire)),
-        }
+        self.tree.look(|tree| match tree.lookup(block).0 {
+            Found::Untouched => 0,
+            Found::Zeroed => ALL_ZERO,
+            Found::Leaf(leaf) => shown(leaf.word(block).load(Ordering::Acquire)),
+        })
     }
 
     /// Fills a map to which nothing was written yet: `words` are those from number
@@ -238,15 +297,12 @@ impl BlockMap {
                 continue;
             }
             let first = first * BLOCKS_PER_WORD;
-            let slot = self.leaf_slot(first)?;
             let is_zeroed =
                 words.len() as u64 == WORDS_PER_LEAF && words.iter().all(|word| *word == ALL_ZERO);
-            if is_zeroed && mark_slot(slot, ZEROED).is_some() {
-                continue;
-            }
-            let leaf = leaf_of(slot)?;
-            for (place, word) in leaf.0.iter().zip(words) {
-                place.store(*word, Ordering::Release);
+            if is_zeroed {
+                self.tree.zero(first, first + BLOCKS_PER_LEAF)?;
+            } else {
+                self.tree.leaf(first)?.fill(words);
             }
         }
         Ok(())
@@ -265,75 +321,8 @@ impl BlockMap {
         ))
     }
 
-    /// The slot that is in charge of `block`, and the first block after those
-    /// that the slot is in charge of (a missing node is in charge of much).
-    fn lookup(&self, block: u64) -> (Slot<'_>, u64) {
-        let mut slot = &self.root;
-        let mut shift = self.levels * SLOTS_SHIFT;
-        loop {
-            let target = slot.load(Ordering::Acquire);
-            if target.is_null() || shift == 0 {
-                // At most 2^56: see MAX_BLOCKS.
-                let shift = shift + BLOCKS_PER_LEAF.trailing_zeros();
-                let end = ((block >> shift) + 1) << shift;
-                let found = if target.is_null() {
-                    Slot::Untouched
-                } else if target == ZEROED {
-                    Slot::Zeroed
-                } else {
-                    // SAFETY: on the lowest level a slot that is neither null nor
-                    // ZEROED points to a leaf that `grow` made; it lives as long
-                    // as the map (invariant 4), which `self` borrows.
-                    Slot::Leaf(unsafe { &*target.cast::<Leaf>() })
-                };
-                return (found, end);
-            }
-            shift -= SLOTS_SHIFT;
-            // SAFETY: above the lowest level a slot that is not null points to a
-            // node that `grow` made; it lives as long as the map (invariant 4).
-            let node = unsafe { &*target.cast::<Node>() };
-            slot = &node.0[slot_index(block, shift)];
-        }
-    }
-
-    /// Applies `f` to every word that has blocks of `blocks`, as [`Leaf::update`] does, and
-    /// tells whether anything changed. A leaf that lies in `blocks` as a whole and does not
-    /// exist yet becomes `whole_leaf` instead, where that is given.
-    fn change(
-        &self,
-        blocks: &Range<BlockNum>,
-        whole_leaf: Option<*mut u8>,
-        f: impl Fn(u64, u64) -> u64,
-    ) -> Result<bool> {
-        self.check(blocks)?;
-        let mut changed = false;
-        let (mut at, end) = (blocks.start.0, blocks.end.0);
-        // Most requests are a block or a few.
-        if at / BLOCKS_PER_WORD == (end - 1) / BLOCKS_PER_WORD {
-            let leaf = leaf_of(self.leaf_slot(at)?)?;
-            leaf.update_word(at, end - at, &f, |_, _| changed = true);
-            return Ok(changed);
-        }
-        while at < end {
-            let slot = self.leaf_slot(at)?;
-            let leaf_end = (at / BLOCKS_PER_LEAF + 1) * BLOCKS_PER_LEAF;
-            let limit = end.min(leaf_end);
-            let is_whole = at % BLOCKS_PER_LEAF == 0 && (limit == leaf_end || limit == self.blocks);
-            let marked = match whole_leaf {
-                Some(mark) if is_whole => mark_slot(slot, mark),
-                _ => None,
-            };
-            match marked {
-                Some(marked) => changed |= marked,
-                None => leaf_of(slot)?.update(at, limit, &f, |_, _| changed = true),
-            }
-            at = limit;
-        }
-        Ok(changed)
-    }
-
     /// Calls `f` with each leaf that has blocks of `blocks`, and which: from the one to
-    /// before the other.
+    /// before the other. The stripes of `blocks` are held.
     fn for_each_leaf(
         &self,
         blocks: &Range<BlockNum>,
@@ -342,112 +331,14 @@ impl BlockMap {
         self.check(blocks)?;
         let mut at = blocks.start.0;
         while at < blocks.end.0 {
-            let (slot, slot_end) = self.lookup(at);
-            let end = blocks.end.0.min(slot_end);
-            if let Slot::Leaf(leaf) = slot {
+            let (found, part_end) = self.tree.lookup(at);
+            let end = blocks.end.0.min(part_end);
+            if let Found::Leaf(leaf) = found {
                 f(leaf, at, end);
             }
             at = end;
         }
         Ok(())
-    }
-
-    /// The slot of the lowest level for `block`; nodes on the way there are made.
-    fn leaf_slot(&self, block: u64) -> Result<&AtomicPtr<u8>> {
-        let mut slot = &self.root;
-        let mut shift = self.levels * SLOTS_SHIFT;
-        while shift > 0 {
-            let mut target = slot.load(Ordering::Acquire);
-            if target.is_null() {
-                target = grow(slot, target, Node::new)?;
-            }
-            shift -= SLOTS_SHIFT;
-            // SAFETY: as in `lookup`.
-            let node = unsafe { &*target.cast::<Node>() };
-            slot = &node.0[slot_index(block, shift)];
-        }
-        Ok(slot)
-    }
-}
-
-fn slot_index(block: u64, shift: u32) -> usize {
-    ((block / BLOCKS_PER_LEAF) >> shift) as usize % SLOTS
-}
-
-/// Puts `mark` into a slot that has no leaf, and tells whether that changed it;
-/// `None` if it has one.
-fn mark_slot(slot: &AtomicPtr<u8>, mark: *mut u8) -> Option<bool> {
-    match slot.compare_exchange(ptr::null_mut(), mark, Ordering::AcqRel, Ordering::Acquire) {
-        Ok(_) => Some(true),
-        Err(present) => (present == mark).then_some(false),
-    }
-}
-
-/// The leaf in `slot`, made if there is none yet: of *zero* blocks in place of
-/// the mark [`ZEROED`], else of *base* blocks.
-fn leaf_of(slot: &AtomicPtr<u8>) -> Result<&Leaf> {
-    let mut target = slot.load(Ordering::Acquire);
-    while target.is_null() || target == ZEROED {
-        target = grow_leaf(slot, target)?;
-    }
-    // SAFETY: as in `lookup`.
-    Ok(unsafe { &*target.cast::<Leaf>() })
-}
-
-#[cold]
-fn grow_leaf(slot: &AtomicPtr<u8>, old: *mut u8) -> Result<*mut u8> {
-    let word = if old.is_null() { 0 } else { ALL_ZERO };
-    grow(slot, old, || Leaf::new(word))
-}
-
-/// Puts what `make` makes into `slot` in place of `old`. Returns what the slot
-/// holds then: if somebody else was faster, that is theirs.
-fn grow<T>(slot: &AtomicPtr<u8>, old: *mut u8, make: impl FnOnce() -> T) -> Result<*mut u8> {
-    // Not `Box::new`, which ends the process where there is no memory.
-    // SAFETY: neither a leaf nor a node has size zero.
-    let new = unsafe { alloc::alloc(Layout::new::<T>()) }.cast::<T>();
-    if new.is_null() {
-        return Err(Error::no_memory("no memory for the block map"));
-    }
-    // SAFETY: allocated with the layout of `T`, and nobody else has seen it.
-    unsafe { new.write(make()) };
-    match slot.compare_exchange(old, new.cast(), Ordering::AcqRel, Ordering::Acquire) {
-        Ok(_) => Ok(new.cast()),
-        Err(present) => {
-            // SAFETY: allocated and written above, and never shared.
-            drop(unsafe { Box::from_raw(new) });
-            Ok(present)
-        }
-    }
-}
-
-impl Node {
-    fn new() -> Self {
-        Node(array::from_fn(|_| AtomicPtr::new(ptr::null_mut())))
-    }
-}
-
-impl Drop for BlockMap {
-    fn drop(&mut self) {
-        free(self.root.load(Ordering::Acquire), self.levels);
-    }
-}
-
-/// Frees what a slot points to, `levels` levels of nodes and the leaves below.
-fn free(target: *mut u8, levels: u32) {
-    if target.is_null() || target == ZEROED {
-        return;
-    }
-    if levels == 0 {
-        // SAFETY: a leaf that `grow` made; the map is being dropped, so nobody
-        // else can reach it.
-        drop(unsafe { Box::from_raw(target.cast::<Leaf>()) });
-        return;
-    }
-    // SAFETY: as for the leaf, a node.
-    let node = unsafe { Box::from_raw(target.cast::<Node>()) };
-    for slot in &node.0 {
-        free(slot.load(Ordering::Acquire), levels - 1);
     }
 }
 
@@ -521,8 +412,8 @@ mod tests {
         let map = map(10 * BLOCKS_PER_LEAF + 7);
         let all = 0..10 * BLOCKS_PER_LEAF + 7;
         map.set_zero(&range(all.clone())).expect("in range");
-        assert!(matches!(map.lookup(0).0, Slot::Zeroed));
-        assert!(matches!(map.lookup(all.end - 1).0, Slot::Zeroed));
+        assert!(matches!(map.tree.lookup(0).0, Found::Zeroed));
+        assert!(matches!(map.tree.lookup(all.end - 1).0, Found::Zeroed));
         assert_eq!(runs(&map, all.clone()), [(State::Zero, all.clone())]);
         map.set_data(&range(5000..5001)).expect("in range");
         assert_eq!(
@@ -538,6 +429,76 @@ mod tests {
         assert_eq!(map.state(BlockNum(5000)).expect("in range"), State::Data);
         map.set_zero(&range(0..all.end)).expect("in range");
         assert_eq!(runs(&map, all.clone()), [(State::Zero, all)]);
+    }
+
+    /// As [`Overlay::shrink_map`](crate::overlay::Overlay) does it.
+    fn shrink(map: &BlockMap, block: u64) {
+        while let Some(blocks) = map.zeroed_around(BlockNum(block)) {
+            map.prune(&blocks);
+        }
+    }
+
+    #[test]
+    fn zeroing_the_largest_disk_takes_no_memory() {
+        let all = 0..1 << 54;
+        let map = map(all.end);
+        map.set_zero(&range(all.clone())).expect("in range");
+        assert_eq!(map.usage(), Usage::default());
+        assert_eq!(runs(&map, all.clone()), [(State::Zero, all.clone())]);
+        // A part of what is zeroed already takes none either.
+        map.set_zero(&range(77..78)).expect("in range");
+        map.set_zero_unless_data(&range(5000..all.end - 1))
+            .expect("in range");
+        assert_eq!(map.usage(), Usage::default());
+        let last = all.end - 1;
+        map.set_data(&range(last..all.end)).expect("in range");
+        assert_eq!(
+            runs(&map, all.clone()),
+            [(State::Zero, 0..last), (State::Data, last..all.end)]
+        );
+    }
+
+    #[test]
+    fn what_is_zeroed_piece_by_piece_takes_no_memory_in_the_end() {
+        // Two nodes above nodes, the last leaf not whole.
+        let all = 0..(600 * 512 + 3) * BLOCKS_PER_LEAF + 7;
+        let map = map(all.end);
+        for leaf in (0..all.end).step_by(BLOCKS_PER_LEAF as usize) {
+            let end = (leaf + BLOCKS_PER_LEAF).min(all.end);
+            for (start, end) in [(leaf, leaf + 5), (leaf + 5, end)] {
+                map.set_zero(&range(start..end)).expect("in range");
+                shrink(&map, start);
+            }
+        }
+        assert!(matches!(map.tree.lookup(5).0, Found::Zeroed));
+        assert_eq!(map.part_end(BlockNum(0)).0, 1 << 38, "the whole tree");
+        // One leaf, and nodes on two levels while the first one fills.
+        let memory = map.usage().memory;
+        assert!(memory < 4 * 5000, "{memory} bytes");
+    }
+
+    #[test]
+    fn a_part_gives_its_leaf_back_when_nothing_of_it_is_stored_any_more() {
+        let leaves = 1000;
+        let map = map(leaves * BLOCKS_PER_LEAF);
+        let mut most = 0;
+        for leaf in 0..leaves {
+            let blocks = range(leaf * BLOCKS_PER_LEAF..(leaf + 1) * BLOCKS_PER_LEAF);
+            let block = blocks.start.0 + 5;
+            map.set_data(&range(block..block + 1)).expect("in range");
+            map.set_zero(&blocks).expect("in range");
+            map.prune(&blocks);
+            shrink(&map, block);
+            let usage = map.usage();
+            assert_eq!((usage.data, usage.unused), (0, 1), "it is stored still");
+            assert_eq!(map.set_given_back(&blocks).expect("in range"), 1);
+            shrink(&map, block);
+            assert!(matches!(map.tree.lookup(block).0, Found::Zeroed));
+            most = most.max(map.usage().memory);
+        }
+        assert!(most < 4 * 5000, "{most} bytes");
+        let all = range(0..leaves * BLOCKS_PER_LEAF);
+        assert_eq!(map.run(&all).expect("in range"), (State::Zero, all.end));
     }
 
     #[test]
@@ -607,7 +568,7 @@ mod tests {
         #[test]
         fn a_map_equals_a_plain_vector_of_states(
             blocks in 1u64..9000,
-            operations in prop::collection::vec((0..4, any::<u64>(), any::<u64>()), 0..40),
+            operations in prop::collection::vec((0..6, any::<u64>(), any::<u64>()), 0..40),
             asked in (any::<u64>(), any::<u64>()),
         ) {
             let map = map(blocks);
@@ -638,6 +599,9 @@ mod tests {
                             *state = State::Zero;
                         }
                     }
+                    // No hold is needed where nobody else is.
+                    4 => map.prune(&range(touched)),
+                    5 => shrink(&map, a % blocks),
                     _ => {
                         let mut given_back = 0;
                         for (state, stored) in states.iter().zip(stored) {
