@@ -620,7 +620,7 @@ mod tests {
             for index in 0..blocks.div_ceil(BLOCKS_PER_WORD) {
                 let word = map.word(index);
                 for (bit, state) in (0..BLOCKS_PER_WORD).zip(&model[(index * BLOCKS_PER_WORD) as usize..]) {
-                    let bits = (word >> bit) & (1 | 1 << BLOCKS_PER_WORD);
+                    let bits = (word >> bit) & (1 | (1 << BLOCKS_PER_WORD));
                     let expected = match state {
                         State::Base => 0,
                         State::Data => 1,
