@@ -13,6 +13,7 @@ pub mod nbd;
 mod nginx;
 pub mod python;
 pub mod qemu;
+pub mod raw;
 pub mod server;
 pub mod setup;
 pub mod storage;

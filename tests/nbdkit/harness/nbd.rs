@@ -18,25 +18,25 @@ const OPT_SET_META_CONTEXT: u32 = 10;
 const REP_ACK: u32 = 1;
 const REP_INFO: u32 = 3;
 const REP_META_CONTEXT: u32 = 4;
-const REQUEST: u32 = 0x2560_9513;
-const SIMPLE_REPLY: u32 = 0x6744_6698;
-const STRUCTURED_REPLY: u32 = 0x668e_33ef;
-const CHUNK_DONE: u16 = 1;
-const CHUNK_BLOCK_STATUS: u16 = 5;
-const CHUNK_ERROR: u16 = 1 << 15;
+pub const REQUEST: u32 = 0x2560_9513;
+pub const SIMPLE_REPLY: u32 = 0x6744_6698;
+pub const STRUCTURED_REPLY: u32 = 0x668e_33ef;
+pub const CHUNK_DONE: u16 = 1;
+pub const CHUNK_BLOCK_STATUS: u16 = 5;
+pub const CHUNK_ERROR: u16 = 1 << 15;
 
-const CMD_READ: u16 = 0;
-const CMD_WRITE: u16 = 1;
-const CMD_DISC: u16 = 2;
-const CMD_FLUSH: u16 = 3;
-const CMD_TRIM: u16 = 4;
-const CMD_WRITE_ZEROES: u16 = 6;
-const CMD_BLOCK_STATUS: u16 = 7;
+pub const CMD_READ: u16 = 0;
+pub const CMD_WRITE: u16 = 1;
+pub const CMD_DISC: u16 = 2;
+pub const CMD_FLUSH: u16 = 3;
+pub const CMD_TRIM: u16 = 4;
+pub const CMD_WRITE_ZEROES: u16 = 6;
+pub const CMD_BLOCK_STATUS: u16 = 7;
 
-const FLAG_NO_HOLE: u16 = 1 << 1;
+pub const FLAG_NO_HOLE: u16 = 1 << 1;
 
 /// How long a server may say nothing at all.
-const SILENCE: Duration = Duration::from_secs(20);
+pub const SILENCE: Duration = Duration::from_secs(20);
 
 /// What is asked with one request of up to 4 GiB.
 #[derive(Clone, Copy)]
@@ -83,23 +83,77 @@ fn unexpected(what: impl std::fmt::Display) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("NBD: {what}"))
 }
 
+/// Chooses the default export: its size in bytes, and its transmission flags. With
+/// structured replies and base:allocation, or with neither.
+pub fn negotiate(stream: &mut (impl Read + Write), structured: bool) -> io::Result<(u64, u16)> {
+    let mut greeting = [0; 18];
+    stream.read_exact(&mut greeting)?;
+    if &greeting[..8] != b"NBDMAGIC" || &greeting[8..16] != IHAVEOPT {
+        return Err(unexpected("not a fixed newstyle server"));
+    }
+    // FIXED_NEWSTYLE and NO_ZEROES.
+    stream.write_all(&3u32.to_be_bytes())?;
+    if structured {
+        option(stream, OPT_STRUCTURED_REPLY, &[])?;
+        // No export name, one query.
+        let query = b"base:allocation";
+        let mut wanted = vec![0, 0, 0, 0, 0, 0, 0, 1];
+        wanted.extend((query.len() as u32).to_be_bytes());
+        wanted.extend(query);
+        option(stream, OPT_SET_META_CONTEXT, &wanted)?;
+    }
+    // No export name, no information asked for.
+    let export = option(stream, OPT_GO, &[0; 6])?;
+    export.ok_or_else(|| unexpected("a server that does not describe its export"))
+}
+
+/// Sends an option and takes the replies up to the ACK. Gives NBD_INFO_EXPORT (size,
+/// flags) if it was among them.
+fn option(
+    stream: &mut (impl Read + Write),
+    option: u32,
+    data: &[u8],
+) -> io::Result<Option<(u64, u16)>> {
+    let mut message = IHAVEOPT.to_vec();
+    message.extend(option.to_be_bytes());
+    message.extend((data.len() as u32).to_be_bytes());
+    message.extend(data);
+    stream.write_all(&message)?;
+    let mut export = None;
+    loop {
+        let mut head = [0; 20];
+        stream.read_exact(&mut head)?;
+        let mut payload = vec![0; be32(&head[16..]) as usize];
+        stream.read_exact(&mut payload)?;
+        match be32(&head[12..]) {
+            REP_ACK => return Ok(export),
+            REP_META_CONTEXT => {}
+            // NBD_INFO_EXPORT: type, size, flags.
+            REP_INFO if payload.len() >= 12 && payload[..2] == [0, 0] => {
+                export = Some((be64(&payload[2..]), be16(&payload[10..])));
+            }
+            REP_INFO => {}
+            reply => return Err(unexpected(format!("option {option}: reply {reply:#x}"))),
+        }
+    }
+}
+
 impl Client {
     /// The default export, with structured replies and base:allocation.
     pub fn connect(socket: &Path) -> io::Result<Client> {
-        let stream = UnixStream::connect(socket)?;
+        let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(SILENCE))?;
         stream.set_write_timeout(Some(SILENCE))?;
-        let mut client = Client {
+        let (size, flags) = negotiate(&mut stream, true)?;
+        Ok(Client {
             reader: BufReader::with_capacity(1 << 18, stream.try_clone()?),
             stream,
-            size: 0,
-            flags: 0,
+            size,
+            flags,
             deadline: None,
             payload: Vec::new(),
             outgoing: Vec::new(),
-        };
-        client.negotiate()?;
-        Ok(client)
+        })
     }
 
     /// NBD_FLAG_SEND_TRIM
@@ -117,51 +171,6 @@ impl Client {
         self.deadline = Some(Instant::now() + limit);
         // If that fails, it waits as long as before.
         let _ = self.stream.set_read_timeout(Some(limit.max(SILENCE)));
-    }
-
-    fn negotiate(&mut self) -> io::Result<()> {
-        let mut greeting = [0; 18];
-        self.reader.read_exact(&mut greeting)?;
-        if &greeting[..8] != b"NBDMAGIC" || &greeting[8..16] != IHAVEOPT {
-            return Err(unexpected("not a fixed newstyle server"));
-        }
-        // FIXED_NEWSTYLE and NO_ZEROES.
-        self.stream.write_all(&3u32.to_be_bytes())?;
-        self.option(OPT_STRUCTURED_REPLY, &[])?;
-        // No export name, one query.
-        let query = b"base:allocation";
-        let mut wanted = vec![0, 0, 0, 0, 0, 0, 0, 1];
-        wanted.extend((query.len() as u32).to_be_bytes());
-        wanted.extend(query);
-        self.option(OPT_SET_META_CONTEXT, &wanted)?;
-        // No export name, no information asked for.
-        self.option(OPT_GO, &[0; 6])
-    }
-
-    /// Sends an option and takes the replies up to the ACK.
-    fn option(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
-        let mut message = IHAVEOPT.to_vec();
-        message.extend(option.to_be_bytes());
-        message.extend((data.len() as u32).to_be_bytes());
-        message.extend(data);
-        self.stream.write_all(&message)?;
-        loop {
-            let mut head = [0; 20];
-            self.reader.read_exact(&mut head)?;
-            let length = be32(&head[16..]) as usize;
-            self.read_payload(length)?;
-            match be32(&head[12..]) {
-                REP_ACK => return Ok(()),
-                REP_META_CONTEXT => {}
-                // NBD_INFO_EXPORT: type, size, flags.
-                REP_INFO if length >= 12 && self.payload[..2] == [0, 0] => {
-                    self.size = be64(&self.payload[2..]);
-                    self.flags = be16(&self.payload[10..]);
-                }
-                REP_INFO => {}
-                reply => return Err(unexpected(format!("option {option}: reply {reply:#x}"))),
-            }
-        }
     }
 
     /// Sends the requests with up to `depth` in flight, and waits for them all.
@@ -202,7 +211,10 @@ impl Client {
             }
             Request::Flush => (CMD_FLUSH, 0, 0),
         };
-        self.outgoing.extend(header(command, flags, offset, length));
+        // Replies may come in any order; which is which does not matter here.
+        let handle = offset;
+        self.outgoing
+            .extend(header(command, flags, handle, offset, length));
         self.outgoing.extend(payload);
     }
 
@@ -221,7 +233,7 @@ impl Client {
         while offset < self.size {
             let length = MOST.min(self.size - offset) as u32;
             self.outgoing
-                .extend(header(CMD_BLOCK_STATUS, 0, offset, length));
+                .extend(header(CMD_BLOCK_STATUS, 0, offset, offset, length));
             extents.clear();
             self.reply(Some(&mut extents))?;
             if extents.is_empty() {
@@ -283,34 +295,30 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        // nbdkit logs a connection that just goes away. And it logs a
-        // request where it expects an option, as from a client that it has refused.
-        if self.flags != 0 {
-            let _ = self.stream.write_all(&header(CMD_DISC, 0, 0, 0));
-        }
+        // nbdkit logs a connection that just goes away.
+        let _ = self.stream.write_all(&header(CMD_DISC, 0, 0, 0, 0));
     }
 }
 
-fn header(command: u16, flags: u16, offset: u64, length: u32) -> [u8; 28] {
+pub fn header(command: u16, flags: u16, handle: u64, offset: u64, length: u32) -> [u8; 28] {
     let mut bytes = [0; 28];
     bytes[..4].copy_from_slice(&REQUEST.to_be_bytes());
     bytes[4..6].copy_from_slice(&flags.to_be_bytes());
     bytes[6..8].copy_from_slice(&command.to_be_bytes());
-    // Replies may come in any order; which is which does not matter here.
-    bytes[8..16].copy_from_slice(&offset.to_be_bytes());
+    bytes[8..16].copy_from_slice(&handle.to_be_bytes());
     bytes[16..24].copy_from_slice(&offset.to_be_bytes());
     bytes[24..].copy_from_slice(&length.to_be_bytes());
     bytes
 }
 
-fn be16(bytes: &[u8]) -> u16 {
+pub fn be16(bytes: &[u8]) -> u16 {
     u16::from_be_bytes([bytes[0], bytes[1]])
 }
 
-fn be32(bytes: &[u8]) -> u32 {
+pub fn be32(bytes: &[u8]) -> u32 {
     u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
-fn be64(bytes: &[u8]) -> u64 {
+pub fn be64(bytes: &[u8]) -> u64 {
     (u64::from(be32(bytes)) << 32) | u64::from(be32(&bytes[4..]))
 }

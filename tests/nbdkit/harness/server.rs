@@ -255,7 +255,11 @@ impl Drop for Server {
             let status = self.child.try_wait();
             kill_group(&mut self.child);
             let _ = self.child.wait();
-            eprintln!("nbdkit ({status:?}) said:\n{}", self.stderr());
+            let said = self.stderr();
+            // There may be a line for each of many requests.
+            let last = said.lines().count().saturating_sub(200);
+            let said: Vec<_> = said.lines().skip(last).collect();
+            eprintln!("nbdkit ({status:?}) said at last:\n{}", said.join("\n"));
         } else {
             self.end();
         }
