@@ -1,12 +1,15 @@
 //! Whoever looks for a parameter finds it, and its default, wherever they look: in
-//! `nbdkit --help`, the manual page and README.md, and a program by `--dump-plugin`.
+//! `nbdkit --help`, the manual page and README.md, and a program by `--dump-plugin`. And
+//! what docs/reliability.md promises has its tests.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nbdkit_cow_filter::filter::config::{PARAMETERS, Parameter};
 
 use crate::harness::Setup;
+use crate::harness::command::{command, success};
 
 fn file(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
@@ -125,6 +128,103 @@ fn dump_plugin_has_every_parameter() {
         assert!(
             probing.contains(&item),
             "{key} is missing in the manual page"
+        );
+    }
+}
+
+/// The cells of the one table of a page.
+fn table<const COLUMNS: usize>(page: &str) -> Vec<[&str; COLUMNS]> {
+    let lines = page.lines().filter(|line| line.starts_with('|'));
+    lines
+        .map(|line| {
+            let cells = line.trim_matches('|').split('|').map(str::trim);
+            let cells: Vec<_> = cells.collect();
+            assert!(!cells.contains(&""), "an empty cell in {line}");
+            let columns = cells.len();
+            cells
+                .try_into()
+                .unwrap_or_else(|_| panic!("{columns} columns: {line}"))
+        })
+        .collect()
+}
+
+/// The tests of this executable, also the ignored ones.
+fn own_tests() -> BTreeSet<String> {
+    let own = std::env::current_exe().expect("the path of this executable");
+    let list = success(command(own).arg("--list"));
+    let names = list.lines().filter_map(|line| line.strip_suffix(": test"));
+    names.map(str::to_string).collect()
+}
+
+/// Whether a file of a module, or of what is at the top of `directory`, has this test.
+fn is_in_source(directory: &str, test: &str) -> bool {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(directory);
+    let mut path: Vec<_> = test.split("::").collect();
+    let name = path.pop().expect("split gives one word at least");
+    let places: [PathBuf; 2] = if path.is_empty() {
+        [root.join("main.rs"), root.join("lib.rs")]
+    } else {
+        // Unit tests are in their module's file.
+        path.retain(|module| *module != "tests");
+        let module = path.iter().fold(root, |path, module| path.join(module));
+        [module.with_extension("rs"), module.join("mod.rs")]
+    };
+    let sources = places
+        .iter()
+        .filter_map(|place| fs::read_to_string(place).ok());
+    let start = format!("fn {name}(");
+    sources.into_iter().any(|source| {
+        let mut attributes = Vec::new();
+        source.lines().map(str::trim).any(|line| {
+            let is_it = line.starts_with(&start) && attributes.contains(&"#[test]");
+            match line.starts_with("#[") {
+                true => attributes.push(line),
+                false => attributes.clear(),
+            }
+            is_it
+        })
+    })
+}
+
+fn exists(test: &str, own_tests: &BTreeSet<String>) -> bool {
+    let (kind, name) = test
+        .split_once(' ')
+        .unwrap_or_else(|| panic!("a kind and a name, not {test:?}"));
+    match kind {
+        "nbdkit" => own_tests.contains(name),
+        "core" | "loom" | "memory" => is_in_source(&format!("tests/{kind}"), name),
+        "lib" => is_in_source("src", name),
+        "make" => file("Makefile").contains(&format!("\n{name}:\n")),
+        kind => panic!("{kind:?} is no kind of test"),
+    }
+}
+
+#[test]
+fn the_table_of_promises_is_that_of_the_tests() {
+    let page = file("docs/reliability.md");
+    let rows = table::<4>(&page);
+    let head = ["fault", "how it is injected", "what is promised", "test"];
+    assert_eq!(rows[..2], [head, ["---"; 4]]);
+    let own_tests = own_tests();
+    let mut named = BTreeSet::new();
+    for [fault, _, _, tests] in &rows[2..] {
+        for test in tests.split(", ") {
+            let test = test
+                .strip_prefix('`')
+                .and_then(|test| test.strip_suffix('`'))
+                .unwrap_or_else(|| panic!("{fault}: a name in backticks, not {test}"));
+            assert!(exists(test, &own_tests), "{fault}: there is no test {test}");
+            named.insert(test);
+        }
+    }
+    for test in own_tests
+        .iter()
+        .filter(|test| test.starts_with("reliability::"))
+    {
+        let name = format!("nbdkit {test}");
+        assert!(
+            named.contains(name.as_str()),
+            "{test} is missing in the table of docs/reliability.md"
         );
     }
 }

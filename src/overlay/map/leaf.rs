@@ -100,10 +100,6 @@ impl Leaf {
         let word = self.word(at).load(Ordering::Acquire);
         let bit = at % BLOCKS_PER_WORD;
         let state = state_in(word, bit);
-        // Most requests are about one block.
-        if at + 1 == end {
-            return (state, end);
-        }
         let mut at = at + same_from(word, bit, state);
         while at < end && at % BLOCKS_PER_WORD == 0 {
             let same = same_from(self.word(at).load(Ordering::Acquire), 0, state);
