@@ -1,6 +1,6 @@
 //! Where an image is, or is to be: its path, its directory, and the lock on it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::ops::Deref;
 use std::path::Path;
 
@@ -45,6 +45,17 @@ impl ImagePath {
     /// Whether who opens the path gets `file`.
     pub fn leads_to(&self, file: &File) -> Result<bool> {
         is_at(file, self.path()).map_err(|e| self.failed(e, "looking at"))
+    }
+
+    /// Takes away `file`, to which nothing was written yet, if it is the one there.
+    pub fn remove(&self, file: &File) {
+        let removed = match is_at(file, self.path()) {
+            Ok(true) => fs::remove_file(self.path()),
+            found => found.map(drop),
+        };
+        if let Err(e) = removed {
+            log::warn!("{}", self.failed(e, "removing"));
+        }
     }
 
     /// Its directory, which has to be synced when the image gets its name: opened before

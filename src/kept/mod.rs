@@ -327,14 +327,17 @@ impl Kept {
                 io::ErrorKind::AlreadyExists => self.path.was_made_meanwhile(),
                 _ => failed(e.error),
             })?;
-        directory
+        let is_there = directory
             .sync_all()
-            .map_err(|e| self.path.failed(e, "syncing the directory of"))?;
+            .map_err(|e| self.path.failed(e, "syncing the directory of"))
+            .and_then(|()| self.path.leads_to(image.file()));
+        // Else the next client would find an image that it takes for another program's.
+        let is_there = is_there.inspect_err(|_| self.path.remove(image.file()))?;
         log::debug!(
             "cow-overlay={}: made for a disk of {size} bytes in blocks of {block_size}",
             self.path.path().display()
         );
-        if !self.path.leads_to(image.file())? {
+        if !is_there {
             // Some FUSE file systems (sshfs) take what has got a second name for another
             // file. The one that is open has then lost its only name, and a lock on it
             // would keep nobody out.
@@ -359,13 +362,7 @@ impl Kept {
         };
         let overlay = Arc::clone(&served.overlay);
         let image = overlay.store().image();
-        image.expect_named()?;
-        // First what clients have written: it can take minutes to give back space, and
-        // whoever stops nbdkit may not wait so long.
-        let flushed = overlay.flush();
-        overlay.give_back();
-        let flushed = flushed.and_then(|()| Self::forget_written(served));
-        flushed.and_then(|()| overlay.flush()).map_err(|e| {
+        let incomplete = |e: Error| {
             Error::new(
                 e.errno(),
                 format!(
@@ -373,7 +370,14 @@ impl Kept {
                     self.path.path().display()
                 ),
             )
-        })?;
+        };
+        image.expect_named().map_err(incomplete)?;
+        // First what clients have written: it can take minutes to give back space, and
+        // whoever stops nbdkit may not wait so long.
+        let flushed = overlay.flush();
+        overlay.give_back();
+        let flushed = flushed.and_then(|()| Self::forget_written(served));
+        flushed.and_then(|()| overlay.flush()).map_err(incomplete)?;
         image.end_run()
     }
 }
