@@ -11,7 +11,8 @@ make check-packages the tests of the Debian and the RPM package; for a system th
                     thrown away, which THROW_AWAY_SYSTEM=yes says
 make check-reliability
                     what happens when something goes wrong: faults, full file systems,
-                    limits, leaks, signals, hostile clients (docs/reliability.md)
+                    limits, leaks, signals, hostile clients (docs/reliability.md);
+                    COW_EVERY_ERRNO=1: each system call fails with each errno
 make check-versions builds and tests it, packages too, in small systems of Debian 12, 13
                     and sid that it makes; SUITES= names others, DEBIAN_MIRROR=
                     where they come from

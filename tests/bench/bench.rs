@@ -39,6 +39,8 @@ mod kept;
 mod lab;
 mod machine;
 mod maps;
+// The tests use the rest of it.
+#[allow(dead_code)]
 #[path = "../nbdkit/harness/nbd.rs"]
 mod nbd;
 mod opening;

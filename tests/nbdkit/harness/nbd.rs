@@ -22,6 +22,8 @@ pub const REQUEST: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY: u32 = 0x6744_6698;
 pub const STRUCTURED_REPLY: u32 = 0x668e_33ef;
 pub const CHUNK_DONE: u16 = 1;
+pub const CHUNK_OFFSET_DATA: u16 = 1;
+pub const CHUNK_OFFSET_HOLE: u16 = 2;
 pub const CHUNK_BLOCK_STATUS: u16 = 5;
 pub const CHUNK_ERROR: u16 = 1 << 15;
 
@@ -66,6 +68,26 @@ pub enum Request<'a> {
     Flush,
 }
 
+/// A request with any flags, of which the server's errno is an answer like another.
+#[derive(Clone, Copy)]
+pub struct Single<'a> {
+    /// NBD_CMD_...
+    pub command: u16,
+    pub flags: u16,
+    pub offset: u64,
+    pub length: u32,
+    pub payload: &'a [u8],
+}
+
+/// What a server has answered to a [`Single`].
+#[derive(Default)]
+pub struct Answer {
+    /// What was read, in the order of the bytes.
+    pub data: Vec<u8>,
+    /// (length, flags)
+    pub extents: Vec<(u32, u32)>,
+}
+
 pub struct Client {
     stream: UnixStream,
     reader: BufReader<UnixStream>,
@@ -83,14 +105,19 @@ fn unexpected(what: impl std::fmt::Display) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("NBD: {what}"))
 }
 
-/// Chooses the default export: its size in bytes, and its transmission flags. With
-/// structured replies and base:allocation, or with neither.
-pub fn negotiate(stream: &mut (impl Read + Write), structured: bool) -> io::Result<(u64, u16)> {
+/// Takes what the server says first.
+pub fn greeting(stream: &mut impl Read) -> io::Result<()> {
     let mut greeting = [0; 18];
     stream.read_exact(&mut greeting)?;
     if &greeting[..8] != b"NBDMAGIC" || &greeting[8..16] != IHAVEOPT {
         return Err(unexpected("not a fixed newstyle server"));
     }
+    Ok(())
+}
+
+/// Answers the [`greeting`] and chooses the default export: its size in bytes, and its transmission flags. With
+/// structured replies and base:allocation, or with neither.
+pub fn negotiate(stream: &mut (impl Read + Write), structured: bool) -> io::Result<(u64, u16)> {
     // FIXED_NEWSTYLE and NO_ZEROES.
     stream.write_all(&3u32.to_be_bytes())?;
     if structured {
@@ -141,15 +168,23 @@ fn option(
 impl Client {
     /// The default export, with structured replies and base:allocation.
     pub fn connect(socket: &Path) -> io::Result<Client> {
+        let mut client = Client::greet(socket)?;
+        client.negotiate()?;
+        Ok(client)
+    }
+
+    /// A connection of which only the server has spoken yet; [`Client::negotiate`] is to
+    /// follow.
+    pub fn greet(socket: &Path) -> io::Result<Client> {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(SILENCE))?;
         stream.set_write_timeout(Some(SILENCE))?;
-        let (size, flags) = negotiate(&mut stream, true)?;
+        greeting(&mut stream)?;
         Ok(Client {
             reader: BufReader::with_capacity(1 << 18, stream.try_clone()?),
             stream,
-            size,
-            flags,
+            size: 0,
+            flags: 0,
             deadline: None,
             payload: Vec::new(),
             outgoing: Vec::new(),
@@ -173,6 +208,12 @@ impl Client {
         let _ = self.stream.set_read_timeout(Some(limit.max(SILENCE)));
     }
 
+    /// Chooses the default export, with structured replies and base:allocation.
+    pub fn negotiate(&mut self) -> io::Result<()> {
+        (self.size, self.flags) = negotiate(&mut self.stream, true)?;
+        Ok(())
+    }
+
     /// Sends the requests with up to `depth` in flight, and waits for them all.
     pub fn all<'a>(
         &mut self,
@@ -192,6 +233,64 @@ impl Client {
             self.reply(None)?;
         }
         Ok(())
+    }
+
+    /// Sends a request and waits for its answer. `Err` of the inner result: the errno that
+    /// the server gives.
+    pub fn single(&mut self, request: &Single<'_>) -> io::Result<Result<Answer, u32>> {
+        let mut message = header(
+            request.command,
+            request.flags,
+            request.offset,
+            request.length,
+        )
+        .to_vec();
+        message.extend(request.payload);
+        self.stream.write_all(&message)?;
+        let mut answer = Answer::default();
+        let mut error = None;
+        loop {
+            let mut head = [0; 16];
+            self.reader.read_exact(&mut head)?;
+            if be32(&head) == SIMPLE_REPLY {
+                // A server that speaks of errors only in this way.
+                let errno = be32(&head[4..]);
+                return Ok(if errno == 0 { Ok(answer) } else { Err(errno) });
+            }
+            if be32(&head) != STRUCTURED_REPLY {
+                return Err(unexpected("no reply"));
+            }
+            let (flags, kind) = (be16(&head[4..]), be16(&head[6..]));
+            let mut length = [0; 4];
+            self.reader.read_exact(&mut length)?;
+            self.read_payload(be32(&length) as usize)?;
+            match kind {
+                CHUNK_OFFSET_DATA | CHUNK_OFFSET_HOLE => {
+                    let offset = be64(&self.payload);
+                    // Chunks may come in any order; nbdkit sends one.
+                    if offset != request.offset + answer.data.len() as u64 {
+                        return Err(unexpected("chunks that do not follow each other"));
+                    }
+                    match kind {
+                        CHUNK_OFFSET_DATA => answer.data.extend(&self.payload[8..]),
+                        _ => {
+                            let end = answer.data.len() + be32(&self.payload[8..]) as usize;
+                            answer.data.resize(end, 0);
+                        }
+                    }
+                }
+                CHUNK_BLOCK_STATUS => {
+                    let pairs = self.payload[4..].chunks_exact(8);
+                    let pairs = pairs.map(|pair| (be32(pair), be32(&pair[4..])));
+                    answer.extents.extend(pairs);
+                }
+                _ if kind & CHUNK_ERROR != 0 => error = Some(be32(&self.payload)),
+                _ => {}
+            }
+            if flags & CHUNK_DONE != 0 {
+                return Ok(error.map_or(Ok(answer), Err));
+            }
+        }
     }
 
     fn send(&mut self, request: Request<'_>) {

@@ -9,8 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use super::nbd::{
-    self, CHUNK_BLOCK_STATUS, CHUNK_DONE, CHUNK_ERROR, CMD_DISC, CMD_READ, SILENCE, SIMPLE_REPLY,
-    STRUCTURED_REPLY, be16, be32, be64,
+    self, CHUNK_BLOCK_STATUS, CHUNK_DONE, CHUNK_ERROR, CHUNK_OFFSET_DATA, CHUNK_OFFSET_HOLE,
+    CMD_DISC, CMD_READ, SILENCE, SIMPLE_REPLY, STRUCTURED_REPLY, be16, be32, be64,
 };
 
 pub use super::nbd::{
@@ -24,8 +24,6 @@ pub const FLAG_REQ_ONE: u16 = 1 << 3;
 pub const FLAG_FAST_ZERO: u16 = 1 << 4;
 
 const CHUNK_NONE: u16 = 0;
-const CHUNK_OFFSET_DATA: u16 = 1;
-const CHUNK_OFFSET_HOLE: u16 = 2;
 
 /// A request as it is sent, with its payload apart.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +84,7 @@ impl Raw {
         let mut stream = UnixStream::connect(socket).expect("connect to nbdkit");
         stream.set_read_timeout(Some(SILENCE)).expect("a timeout");
         stream.set_write_timeout(Some(SILENCE)).expect("a timeout");
+        nbd::greeting(&mut stream).expect("a greeting");
         nbd::negotiate(&mut stream, structured).expect("negotiate");
         Raw { stream, structured }
     }

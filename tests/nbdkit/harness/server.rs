@@ -25,6 +25,12 @@ pub struct Server {
     ended: bool,
 }
 
+/// An nbdkit has ended before it served.
+pub struct Refusal {
+    pub status: ExitStatus,
+    pub stderr: String,
+}
+
 /// An open overlay file, as /proc shows it.
 pub struct OverlayFile {
     pub mode: u32,
@@ -45,6 +51,19 @@ impl Server {
         tmpdir: PathBuf,
         scratch: TempDir,
     ) -> Server {
+        Server::try_spawn(nbdkit, pidfile, tmpdir, scratch).unwrap_or_else(|refusal| {
+            let Refusal { status, stderr } = refusal;
+            panic!("{nbdkit:?} ended: {status}\n{stderr}")
+        })
+    }
+
+    /// As [`Server::spawn`], for an nbdkit that may end before it serves.
+    pub fn try_spawn(
+        nbdkit: &mut Command,
+        pidfile: &Path,
+        tmpdir: PathBuf,
+        scratch: TempDir,
+    ) -> Result<Server, Refusal> {
         let before = listing(&tmpdir);
         let mut server = Server {
             child: spawn(nbdkit),
@@ -60,11 +79,15 @@ impl Server {
         });
         if let Some(status) = died {
             server.ended = true;
-            panic!("{nbdkit:?} ended: {status}\n{}", server.stderr());
+            server.assert_nothing_left();
+            return Err(Refusal {
+                status,
+                stderr: server.stderr(),
+            });
         }
         // What it said is shown when `server` is dropped.
         assert!(in_time, "{nbdkit:?} does not serve");
-        server
+        Ok(server)
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -238,6 +261,10 @@ impl Server {
         let status = status.unwrap_or_else(|| panic!("nbdkit does not end\n{stderr}"));
         assert!(status.success(), "nbdkit ended with {status}\n{stderr}");
         assert!(!stderr.contains("panicked"), "a panic:\n{stderr}");
+        self.assert_nothing_left();
+    }
+
+    fn assert_nothing_left(&self) {
         // In the shared /var/tmp the other tests come and go.
         if self.tmpdir != Path::new("/var/tmp") {
             let left = listing(&self.tmpdir);

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use super::command::{self, Outcome, command, outcome};
 use super::python;
-use super::server::Server;
+use super::server::{Refusal, Server};
 
 /// The library under test.
 pub fn library() -> &'static str {
@@ -95,6 +95,14 @@ impl Setup {
 
     /// Starts nbdkit and waits until it serves.
     pub fn start(&self, plugin: &[&str]) -> Server {
+        self.try_start(plugin).unwrap_or_else(|refusal| {
+            let Refusal { status, stderr } = refusal;
+            panic!("nbdkit {plugin:?} ended: {status}\n{stderr}")
+        })
+    }
+
+    /// As [`Setup::start`], for an nbdkit that may end before it serves.
+    pub fn try_start(&self, plugin: &[&str]) -> Result<Server, Refusal> {
         let scratch = super::scratch();
         let tmpdir = self.overlays(scratch.path());
         let stderr = scratch.path().join("stderr");
@@ -105,7 +113,7 @@ impl Setup {
             nbdkit.arg("-P").arg(&pidfile);
         });
         nbdkit.stderr(File::create(&stderr).expect("a file for stderr"));
-        Server::spawn(&mut nbdkit, &pidfile, tmpdir, scratch)
+        Server::try_spawn(&mut nbdkit, &pidfile, tmpdir, scratch)
     }
 
     /// Starts nbdkit with parameters that it must refuse, and gives what it said.
