@@ -152,10 +152,27 @@ impl<S: Store> Overlay<S> {
     ) -> Result<()> {
         let bytes = self.bytes_of(blocks);
         self.reserve_for_data(held, blocks)?;
-        if !self.store.zero_range(bytes)? {
-            self.write_zeroes(bytes)?;
+        match self.store.zero_range(bytes) {
+            Ok(true) => {}
+            Ok(false) => self.write_zeroes(bytes)?,
+            Err(e) => {
+                self.write_zeroes_over_data(blocks)?;
+                return Err(e);
+            }
         }
         self.publish(blocks, BlockMap::set_data)
+    }
+
+    /// A range that could not be zeroed has no certain bytes any more: ext4 drops what was
+    /// written to it and is not on the disk yet, and older bytes come back. What is *data*
+    /// has its space, so its blocks can become zeroes as a whole.
+    fn write_zeroes_over_data(&self, blocks: &Range<BlockNum>) -> Result<()> {
+        for run in self.map.runs(blocks.clone()) {
+            if let (State::Data, run) = run? {
+                self.write_zeroes(self.bytes_of(&run))?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes zeroes to the store; publishes nothing.

@@ -120,6 +120,20 @@ fn check_old_or_new(old: &[u8], new: &[u8], found: &[u8], states: &[State]) {
     }
 }
 
+/// The store has lost what was there.
+#[test]
+fn zeroes_that_fail_leave_zeroes_where_data_was() {
+    let (base, disk) = test_disk(SIZE);
+    disk.write(&base, &[1; 2 * BLOCK as usize], BLOCK)
+        .expect("a good write");
+    let mut expected = read_all(&base, &disk);
+    disk.store().fail_next(libc::ENOSPC);
+    let error = disk.zero(&base, 0, 4 * BLOCK, KEEP).expect_err("full");
+    assert_eq!(error.errno(), libc::ENOSPC);
+    expected[BLOCK as usize..3 * BLOCK as usize].fill(0);
+    assert!(read_all(&base, &disk) == expected);
+}
+
 #[test]
 fn a_read_does_not_fail_because_it_could_not_be_saved() {
     let (base, disk) = test_disk(SIZE);

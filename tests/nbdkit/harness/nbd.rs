@@ -241,6 +241,7 @@ impl Client {
         let mut message = header(
             request.command,
             request.flags,
+            0,
             request.offset,
             request.length,
         )
