@@ -227,6 +227,40 @@ impl Drop for Mount {
     }
 }
 
+/// A directory whose files may take so many bytes together, once that is set. It is in a btrfs, which has the
+/// one quota that every kernel with that file system has, and that binds root as well.
+pub struct Quota {
+    directory: PathBuf,
+    _mount: Mount,
+}
+
+impl Quota {
+    pub fn new() -> Quota {
+        let mount = Mount::formatted("btrfs");
+        let point = mount.point.to_str().expect("a path of our own making");
+        run(&["btrfs", "quota", "enable", point]);
+        let quota = Quota {
+            directory: mount.point.join("limited"),
+            _mount: mount,
+        };
+        run(&["btrfs", "subvolume", "create", quota.text()]);
+        quota
+    }
+
+    /// From now on.
+    pub fn set(&self, bytes: u64) {
+        run(&["btrfs", "qgroup", "limit", &bytes.to_string(), self.text()]);
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    fn text(&self) -> &str {
+        self.directory.to_str().expect("a path of our own making")
+    }
+}
+
 /// A file system, ext4 without a journal, on a disk that fails every write while it is told
 /// to. What could not be written to it stays in the page cache until it is unmounted.
 pub struct FailingDisk {

@@ -348,8 +348,43 @@ impl Client {
         Ok(count)
     }
 
-    /// Takes one whole reply, of whatever form.
-    fn reply(&mut self, mut extents: Option<&mut Vec<(u32, u32)>>) -> io::Result<()> {
+    /// Makes one request and gives its answer, which may be an error's number.
+    pub fn ask(&mut self, request: Request<'_>) -> io::Result<Result<(), u32>> {
+        self.send(request);
+        self.answer(|_, _| {})
+    }
+
+    /// As [`Client::ask`], for a read of these bytes.
+    pub fn read(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<Result<(), u32>> {
+        // What a reply does not send is a hole.
+        bytes.fill(0);
+        let length = bytes.len() as u32;
+        self.send(Request::Read { offset, length });
+        self.answer(|kind, payload| {
+            if kind == CHUNK_OFFSET_DATA {
+                let at = (be64(payload) - offset) as usize;
+                let data = &payload[8..];
+                bytes[at..at + data.len()].copy_from_slice(data);
+            }
+        })
+    }
+
+    /// Takes one whole reply to a request that must not fail.
+    fn reply(&mut self, extents: Option<&mut Vec<(u32, u32)>>) -> io::Result<()> {
+        let answer = match extents {
+            Some(extents) => self.answer(|kind, payload| {
+                if kind == CHUNK_BLOCK_STATUS {
+                    let pairs = payload[4..].chunks_exact(8);
+                    extents.extend(pairs.map(|pair| (be32(pair), be32(&pair[4..]))));
+                }
+            }),
+            None => self.answer(|_, _| {}),
+        };
+        answer?.map_err(|errno| unexpected(format!("error {errno}")))
+    }
+
+    /// Takes one whole reply, of whatever form: its chunks, by type and payload.
+    fn answer(&mut self, mut chunk: impl FnMut(u16, &[u8])) -> io::Result<Result<(), u32>> {
         if self
             .deadline
             .is_some_and(|deadline| Instant::now() > deadline)
@@ -359,14 +394,15 @@ impl Client {
         if self.reader.buffer().is_empty() {
             self.send_outgoing()?;
         }
+        let mut answer = Ok(());
         loop {
             let mut head = [0; 16];
             self.reader.read_exact(&mut head)?;
             match be32(&head) {
-                SIMPLE_REPLY => match be32(&head[4..]) {
-                    0 => return Ok(()),
-                    errno => return Err(unexpected(format!("error {errno}"))),
-                },
+                SIMPLE_REPLY => {
+                    let errno = be32(&head[4..]);
+                    return Ok(if errno == 0 { Ok(()) } else { Err(errno) });
+                }
                 STRUCTURED_REPLY => {}
                 magic => return Err(unexpected(format!("a reply that starts {magic:#x}"))),
             }
@@ -375,14 +411,11 @@ impl Client {
             self.reader.read_exact(&mut length)?;
             self.read_payload(be32(&length) as usize)?;
             if kind & CHUNK_ERROR != 0 {
-                return Err(unexpected(format!("error {}", be32(&self.payload))));
+                answer = Err(be32(&self.payload));
             }
-            if let (CHUNK_BLOCK_STATUS, Some(extents)) = (kind, extents.as_deref_mut()) {
-                let pairs = self.payload[4..].chunks_exact(8);
-                extents.extend(pairs.map(|pair| (be32(pair), be32(&pair[4..]))));
-            }
+            chunk(kind, &self.payload);
             if flags & CHUNK_DONE != 0 {
-                return Ok(());
+                return Ok(answer);
             }
         }
     }

@@ -259,12 +259,12 @@ pub fn name_base(directory: &Path, image: &str, base: &str) {
 }
 
 /// `qemu-img check`: neither errors nor leaks.
-fn check(overlay: &Path) {
+pub fn check(overlay: &Path) {
     run(&["qemu-img", "check", "-q", "-f", "qcow2", text(overlay)]);
 }
 
 /// `qemu-img check` of what a crash left: leaks at most.
-fn check_after_a_crash(overlay: &Path) {
+pub fn check_after_a_crash(overlay: &Path) {
     let Outcome {
         status,
         stdout,
