@@ -239,7 +239,9 @@ impl<'a> Given<'a> {
     }
 
     fn refused(self, allowed: &str) -> Error {
-        let (key, value) = (self.key, self.text());
+        let key = self.key;
+        // A message is one line, whatever was typed.
+        let value = self.text().replace(char::is_control, "\u{fffd}");
         Error::new(
             libc::EINVAL,
             format!("{key}={value}: the value must be {allowed}"),
@@ -261,7 +263,8 @@ fn boolean(value: &str) -> Option<bool> {
 /// `k m g t p e` in either case for powers of 1024. As there, white space and a
 /// plus sign may stand before it.
 fn parse_size(value: &str) -> Option<u64> {
-    let value = value.trim_start();
+    // As the C library sees it: not what Unicode calls white space beyond that.
+    let value = value.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
     let value = value.strip_prefix('+').unwrap_or(value);
     let letter = value.find(|c: char| !c.is_ascii_digit());
     let (number, unit) = value.split_at(letter.unwrap_or(value.len()));
@@ -338,6 +341,7 @@ mod tests {
             "4KB",
             "K",
             "16E",
+            "\u{a0}4096",
             "99999999999999999999",
             "0x1000",
         ] {
@@ -346,6 +350,14 @@ mod tests {
                 format!("cow-block-size={bad}: the value must be a power of two from 512 to 2G")
             );
         }
+    }
+
+    #[test]
+    fn a_refusal_is_one_line() {
+        assert_eq!(
+            refusal("cow-scope", "a\nb\x1b"),
+            "cow-scope=a\u{fffd}b\u{fffd}: the value must be export or connection"
+        );
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Parameters: what is accepted, what is refused and with which words.
 
+use crate::harness::command::{command, outcome};
 use crate::harness::setup::library;
 use crate::harness::{Base, Server, Setup, noise, run};
 
@@ -51,25 +52,75 @@ fn an_unknown_scope_is_refused() {
 
 /// The same spellings as in all of nbdkit.
 #[test]
-fn booleans_and_sizes_are_read_as_nbdkit_reads_them() {
+fn booleans_are_read_as_nbdkit_reads_them() {
     for value in ["true", "TRUE", "yes", "on", "1", "false", "no", "off", "0"] {
         for key in ["cow-on-read", "cow-on-cache", "cow-serialize"] {
             Server::start(&["null", "size=1M", &format!("{key}={value}")]).stop();
         }
     }
-    for (value, size) in [
-        ("512", 4096),
-        ("4096", 4096),
-        ("8k", 8192),
-        ("8192b", 8192),
-        ("2M", 2 << 20),
+}
+
+/// Asked of a plugin that has nbdkit read its size.
+#[test]
+fn sizes_are_read_as_nbdkit_reads_them() {
+    for value in [
+        "8192",
+        "8k",
+        "8K",
+        "8192b",
+        "8192B",
+        "16s",
+        "16S",
+        "2m",
+        "2M",
+        "08192",
+        " 8192",
+        "\t\n\x0b\x0c\r8192",
+        "+8192",
+        " +8K",
+        "",
+        " ",
+        "k",
+        "+",
+        "++8192",
+        "+ 8192",
+        "-8192",
+        "--8192",
+        "8192 ",
+        "8192\n",
+        "8kb",
+        "8kk",
+        "8 k",
+        "8ki",
+        "0x2000",
+        "1e4",
+        "8.0k",
+        "8,192",
+        "\u{a0}8192",
+        "8192\u{e9}",
+        "16E",
+        "9999E",
+        "18446744073709560000",
+        "99999999999999999999",
     ] {
-        let server = Server::start(&["null", "size=1M", &format!("cow-block-size={value}")]);
-        let said = run(&["nbdinfo", &server.uri()]);
-        let preferred = format!("block_size_preferred: {size}");
-        assert!(said.contains(&preferred), "{preferred} in {said}");
+        let mut theirs = command("nbdkit");
+        theirs.args(["-U", "-", "memory", &format!("size={value}")]);
+        let theirs = outcome(theirs.args(["--run", "nbdinfo --size \"$uri\""]));
+        let parameter = format!("cow-block-size={value}");
+        let ours = Setup::new().run(&["null", "size=1M", &parameter], "nbdinfo \"$uri\"");
+        assert_eq!(
+            theirs.status.success(),
+            ours.status.success(),
+            "{value:?}: {} {}",
+            theirs.stderr,
+            ours.stderr
+        );
+        if theirs.status.success() {
+            let preferred = format!("block_size_preferred: {}", theirs.stdout);
+            assert!(ours.stdout.contains(&preferred), "{value:?}: {preferred}");
+        }
     }
-    for value in ["2G", "512", "1073741824"] {
+    for value in ["2G", "1g", "512", "1073741824"] {
         Server::start(&["null", "size=1M", &format!("cow-block-size={value}")]).stop();
     }
 }
