@@ -12,7 +12,8 @@ else
 unexport NAME
 endif
 
-.PHONY: build run check check-clients check-packages check-reliability check-versions check-v2v
+.PHONY: build run check check-clients check-packages check-reliability checkers check-versions
+.PHONY: check-v2v
 .PHONY: crash fuzz soak bench
 .PHONY: deps doc man install uninstall doctor
 .PHONY: dist check-dist sbom deb check-deb rpm check-rpm
@@ -41,6 +42,10 @@ check-packages:
 check-reliability:
 	@packaging/deps.sh check
 	@packaging/check.sh reliability
+
+checkers:
+	@packaging/deps.sh check
+	@packaging/checkers.sh
 
 check-versions:
 	@packaging/deps.sh roots

@@ -71,6 +71,7 @@ shellcheck         check  shellcheck
 qemu-utils         bench  qemu-nbd
 libnbd-bin         bench  nbdcopy
 valgrind           bench  valgrind
+valgrind           check  valgrind
 nginx              bench  nginx
 git                package  git
 xz-utils           package  xz

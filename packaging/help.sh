@@ -13,6 +13,8 @@ make check-reliability
                     what happens when something goes wrong: faults, full file systems,
                     limits, leaks, signals, hostile clients (docs/reliability.md);
                     COW_EVERY_ERRNO=1: each system call fails with each errno
+make checkers       Miri and ThreadSanitizer over the core, nbdkit with the library under
+                    valgrind; the first two need rustup, which fetches its nightly
 make check-versions builds and tests it, packages too, in small systems of Debian 12, 13
                     and sid that it makes; SUITES= names others, DEBIAN_MIRROR=
                     where they come from

@@ -7,6 +7,7 @@ mod full;
 mod hostile;
 mod leaks;
 mod limits;
+mod memcheck;
 mod place;
 mod signals;
 mod soak;
