@@ -12,6 +12,8 @@ use std::io;
 
 use nix::errno::Errno;
 
+use crate::error_log::Unlogged;
+
 /// Why something failed: the errno, what was tried, and the system's reason.
 #[derive(Debug)]
 // In a box, so that a result is as small as a pointer: every function on the path of
@@ -24,6 +26,7 @@ struct Failure {
     tried: Cow<'static, str>,
     source: Option<io::Error>,
     reported: bool,
+    unlogged: Unlogged,
     of_write: bool,
     refuses_fast_zero: bool,
 }
@@ -40,6 +43,7 @@ impl Error {
             tried: tried.into(),
             source: None,
             reported: false,
+            unlogged: Unlogged(0),
             of_write: false,
             refuses_fast_zero: false,
         }))
@@ -59,6 +63,20 @@ impl Error {
         let mut error = Error::new(errno, tried);
         error.0.reported = true;
         error
+    }
+
+    /// The same error, which is not to be logged: the log has enough of its kind.
+    #[cold]
+    pub fn unlogged(mut self) -> Self {
+        self.0.reported = true;
+        self
+    }
+
+    /// The same error, which is to be logged after so many of its kind that were not.
+    #[cold]
+    pub fn after(mut self, unlogged: u64) -> Self {
+        self.0.unlogged = Unlogged(unlogged);
+        self
     }
 
     /// ENOTSUP: zeroes that would have to be written, where the client wants to be told of
@@ -98,7 +116,8 @@ impl Error {
         matches!(self.0.errno, libc::ENOSPC | libc::EDQUOT)
     }
 
-    /// Whether the layer below has already written its own message.
+    /// Whether nothing is to be logged: the layer below has written its own message, or
+    /// see [`Error::unlogged`].
     pub fn is_reported(&self) -> bool {
         self.0.reported
     }
@@ -117,11 +136,12 @@ impl fmt::Display for Error {
             // The system's words alone: the libraries in between add a number,
             // or a path that the user has never seen.
             Some(source) if errno_of(source).is_some() => {
-                write!(f, ": {}", Errno::from_raw(self.0.errno).desc())
+                write!(f, ": {}", Errno::from_raw(self.0.errno).desc())?;
             }
-            Some(source) => write!(f, ": {source}"),
-            None => Ok(()),
+            Some(source) => write!(f, ": {source}")?,
+            None => {}
         }
+        write!(f, "{}", self.0.unlogged)
     }
 }
 

@@ -15,6 +15,8 @@
 //! - [`file_system`]: what a file system can do for an overlay
 //! - [`sparse`]: system calls on sparse files
 //! - [`overlay_file`]: the file of an overlay, as messages name it
+//! - [`error_log`]: which failures go to the log
+//! - [`counters`]: what requests came to, in numbers
 //! - [`base`]: what lies beneath the overlay
 //! - [`block`]: units, and the splitting of requests into blocks
 //! - [`buffer`]: bytes in memory
@@ -26,7 +28,9 @@
 pub mod base;
 pub mod block;
 pub mod buffer;
+pub mod counters;
 pub mod error;
+pub mod error_log;
 pub mod file_system;
 pub mod filter;
 pub mod kept;

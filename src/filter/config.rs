@@ -78,6 +78,8 @@ pub struct Config {
     pub on_read: OnRead,
     pub scope: ScopeKind,
     pub serialize: bool,
+    /// Where to tell what is counted; an absolute path.
+    pub stats: Option<PathBuf>,
 }
 
 /// A parameter that the filter takes.
@@ -89,7 +91,7 @@ pub struct Parameter {
 }
 
 /// All of them. What is not here is left to the layers below.
-pub const PARAMETERS: [Parameter; 7] = [
+pub const PARAMETERS: [Parameter; 8] = [
     Parameter {
         key: "cow-block-size",
         default: None,
@@ -136,12 +138,7 @@ pub const PARAMETERS: [Parameter; 7] = [
         key: "cow-overlay",
         default: None,
         set: |config, given| {
-            // A name that ends so is that of a directory, which would be seen only when
-            // the image is made.
-            if given.text().ends_with('/') {
-                return Err(given.refused("the name of a file"));
-            }
-            config.overlay = Some(absolute(given.file()?));
+            config.overlay = Some(absolute(given.new_file()?));
             Ok(())
         },
     },
@@ -158,6 +155,14 @@ pub const PARAMETERS: [Parameter; 7] = [
         default: Some("false"),
         set: |config, given| {
             config.serialize = given.bool()?;
+            Ok(())
+        },
+    },
+    Parameter {
+        key: "cow-stats",
+        default: None,
+        set: |config, given| {
+            config.stats = Some(absolute(given.new_file()?));
             Ok(())
         },
     },
@@ -179,7 +184,9 @@ cow-overlay=FILE         Keep what is written in this qcow2 image, a diff to
                          (default: a temporary file).
 cow-backing=NAME         The name of the disk below that the image records: a
                          file or a URI (default: the plugin's file=).
-cow-serialize=BOOL       true: handle one request at a time (default: false).";
+cow-serialize=BOOL       true: handle one request at a time (default: false).
+cow-stats=FILE           Write what is counted to this file, as JSON, every
+                         second while it changes (default: nowhere).";
 
 impl Config {
     /// What to record as the base's name: what was given, else the one file that
@@ -236,6 +243,15 @@ impl<'a> Given<'a> {
             return Err(self.refused("the name of a file"));
         }
         Ok(self.path())
+    }
+
+    /// One that may have to be made. A name that ends with a slash is that of a directory,
+    /// which would be seen only then.
+    fn new_file(self) -> Result<&'a Path> {
+        if self.text().ends_with('/') {
+            return Err(self.refused("the name of a file"));
+        }
+        self.file()
     }
 
     fn refused(self, allowed: &str) -> Error {
@@ -411,10 +427,12 @@ mod tests {
     #[test]
     fn an_overlay_has_the_name_of_a_file() {
         for bad in ["", "/", "o.qcow2/", "/a/b//"] {
-            assert_eq!(
-                refusal("cow-overlay", bad),
-                format!("cow-overlay={bad}: the value must be the name of a file")
-            );
+            for key in ["cow-overlay", "cow-stats"] {
+                assert_eq!(
+                    refusal(key, bad),
+                    format!("{key}={bad}: the value must be the name of a file")
+                );
+            }
         }
         let config = config(&[("cow-overlay", "/a/./b.qcow2")]);
         assert_eq!(config.overlay, Some("/a/b.qcow2".into()));

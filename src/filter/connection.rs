@@ -1,9 +1,11 @@
 //! A connection's requests, and what its client is advised.
 
 use crate::base::{Base, Extent};
-use crate::block::BlockSize;
-use crate::error::Result;
-use crate::overlay::Zeroing;
+use crate::block::{BlockSize, ByteRange};
+use crate::counters::{Counter, Counters, Operation, Shard};
+use crate::error::{Error, Result};
+use crate::error_log;
+use crate::overlay::{Overlay, Store, Zeroing};
 
 use super::Filter;
 use super::config::ScopeKind;
@@ -53,15 +55,25 @@ impl<'a> Connection<'a> {
     pub fn read(&self, base: &impl Base, buf: &mut [u8], offset: u64) -> Result<()> {
         log::trace!("request: read {} bytes at {offset}", buf.len());
         let copy = self.filter.config.on_read.is_on();
-        each!(&self.overlay, overlay => overlay.read(base, buf, offset, copy))
+        each!(&self.overlay, overlay => {
+            let counts = overlay.counters().here();
+            counts.request(Operation::Read, buf.len() as u64);
+            let base = &Counted { base, counts };
+            noted(overlay, Operation::Read, overlay.read(base, buf, offset, copy))
+        })
     }
 
     /// With `fua`, here and below: what was written is safe from power loss, where
     /// it is kept at all.
     pub fn write(&self, base: &impl Base, buf: &[u8], offset: u64, fua: bool) -> Result<()> {
         log::trace!("request: write {} bytes at {offset}, fua={fua}", buf.len());
-        each!(&self.overlay, overlay => overlay.write(base, buf, offset))?;
-        self.flush_if(fua)
+        each!(&self.overlay, overlay => {
+            let counts = overlay.counters().here();
+            counts.request(Operation::Write, buf.len() as u64);
+            let base = &Counted { base, counts };
+            let done = overlay.write(base, buf, offset);
+            noted(overlay, Operation::Write, flushed_if(fua, overlay, counts, done))
+        })
     }
 
     pub fn zero(
@@ -73,29 +85,38 @@ impl<'a> Connection<'a> {
         fua: bool,
     ) -> Result<()> {
         log::trace!("request: zero {len} bytes at {offset}, {how:?}, fua={fua}");
-        each!(&self.overlay, overlay => overlay.zero(base, offset, len, how))?;
-        self.flush_if(fua)
-    }
-
-    fn flush_if(&self, fua: bool) -> Result<()> {
-        if fua {
-            each!(&self.overlay, overlay => overlay.flush())
-        } else {
-            Ok(())
-        }
+        let operation = match how {
+            Zeroing::Trim => Operation::Trim,
+            Zeroing::Zero { .. } => Operation::Zero,
+        };
+        each!(&self.overlay, overlay => {
+            let counts = overlay.counters().here();
+            counts.request(operation, len);
+            let base = &Counted { base, counts };
+            let done = overlay.zero(base, offset, len, how);
+            noted(overlay, operation, flushed_if(fua, overlay, counts, done))
+        })
     }
 
     /// Covers what all connections have written. (A temporary overlay need not
     /// survive anything: nothing is left to do.)
     pub fn flush(&self) -> Result<()> {
         log::trace!("request: flush");
-        each!(&self.overlay, overlay => overlay.flush())
+        each!(&self.overlay, overlay => {
+            overlay.counters().here().request(Operation::Flush, 0);
+            noted(overlay, Operation::Flush, overlay.flush())
+        })
     }
 
     pub fn cache(&self, base: &impl Base, offset: u64, len: u64) -> Result<()> {
         log::trace!("request: cache {len} bytes at {offset}");
         let copy = self.filter.config.on_cache;
-        each!(&self.overlay, overlay => overlay.cache(base, offset, len, copy))
+        each!(&self.overlay, overlay => {
+            let counts = overlay.counters().here();
+            counts.request(Operation::Cache, len);
+            let base = &Counted { base, counts };
+            noted(overlay, Operation::Cache, overlay.cache(base, offset, len, copy))
+        })
     }
 
     pub fn extents(
@@ -106,7 +127,91 @@ impl<'a> Connection<'a> {
         only_first: bool,
     ) -> Result<Vec<Extent>> {
         log::trace!("request: extents of {len} bytes at {offset}, only_first={only_first}");
-        each!(&self.overlay, overlay => overlay.extents(base, offset, len, only_first))
+        each!(&self.overlay, overlay => {
+            overlay.counters().here().request(Operation::Extents, len);
+            let found = overlay.extents(base, offset, len, only_first);
+            noted(overlay, Operation::Extents, found)
+        })
+    }
+
+    /// Logs what there is to tell of the export.
+    pub(super) fn log_figures(&self) {
+        if !log::log_enabled!(target: "cow", log::Level::Debug) {
+            return;
+        }
+        if let Some(figures) = self.overlay.figures() {
+            // The end is what programs look for that read the log of nbdkit's own cow filter.
+            log::debug!(
+                target: "cow",
+                "a client disconnects: {}; cow: underlying file size: {}",
+                figures.json(),
+                figures.size,
+            );
+        }
+    }
+}
+
+/// The base, with what is read of it counted.
+struct Counted<'a, B> {
+    base: &'a B,
+    counts: &'a Shard,
+}
+
+impl<B: Base> Base for Counted<'_, B> {
+    #[inline(always)]
+    fn size(&self) -> u64 {
+        self.base.size()
+    }
+
+    #[inline(always)]
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.counts.add(Counter::BaseReads, 1);
+        self.counts.add(Counter::BaseReadBytes, buf.len() as u64);
+        self.base.read(buf, offset)
+    }
+
+    fn cache(&self, range: ByteRange) -> Result<()> {
+        self.base.cache(range)
+    }
+
+    fn extents(&self, range: ByteRange, only_first: bool, list: &mut Vec<Extent>) -> Result<()> {
+        self.base.extents(range, only_first, list)
+    }
+}
+
+/// What a change with FUA comes to, which is `done`.
+#[inline(always)]
+fn flushed_if<S: Store>(
+    fua: bool,
+    overlay: &Overlay<S>,
+    counts: &Shard,
+    done: Result<()>,
+) -> Result<()> {
+    if !fua {
+        return done;
+    }
+    counts.add(Counter::Fua, 1);
+    done.and_then(|()| overlay.flush())
+}
+
+/// What a request has come to. A failure is counted, and there may be enough of its kind in
+/// the log.
+#[inline(always)]
+fn noted<T, S: Store>(overlay: &Overlay<S>, request: Operation, done: Result<T>) -> Result<T> {
+    done.map_err(|error| failed(overlay.counters(), request, error))
+}
+
+#[cold]
+#[inline(never)]
+fn failed(counters: &Counters, request: Operation, error: Error) -> Error {
+    let kind = counters.failed(request, &error);
+    // What the layer below has logged is its own.
+    if error.is_reported() {
+        return error;
+    }
+    match error_log::admit(kind) {
+        Some(unlogged) => error.after(unlogged),
+        None => error.unlogged(),
     }
 }
 

@@ -3,15 +3,17 @@
 //! An overlay is one of two kinds, and all those of a filter are of one. Which kind is
 //! known here and in [`Connection`](super::Connection), and nowhere below.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::config::{Config, ScopeKind};
+use super::stats::{Figures, Total};
 use crate::base::Base;
 use crate::block::BlockSize;
+use crate::counters::{Counter, Counts};
 use crate::error::{Error, Result};
 use crate::kept::{Kept, KeptStore, Wanted};
 use crate::overlay::{Overlay, Reclaim, Store};
@@ -29,8 +31,7 @@ pub struct Temporary {
     block_size: BlockSize,
     directory: Arc<Directory>,
     reclaim: Arc<Reclaim>,
-    /// `None`: each connection has an overlay of its own.
-    users: Option<Users<TemporaryStore>>,
+    users: Users<TemporaryStore>,
 }
 
 /// The overlay of a connection, of either kind.
@@ -82,7 +83,7 @@ impl Exports {
             backing: config.backing(),
             reclaim: Arc::clone(reclaim),
         })?;
-        Ok(Exports::Kept(Box::new(kept), Users::default()))
+        Ok(Exports::Kept(Box::new(kept), Users::new(config.scope)))
     }
 
     /// The overlay for a connection to `export`, over `base`. EINVAL if it was made for
@@ -97,6 +98,39 @@ impl Exports {
                     .join(export, size, |other| kept.overlay(export, base, other))
                     .map(Member::Kept)
             }
+        }
+    }
+
+    /// What was counted so far, in all.
+    pub fn total(&self) -> Total {
+        match self {
+            Exports::Temporary(temporary) => temporary.users.total(),
+            Exports::Kept(_, users) => users.total(),
+        }
+    }
+
+    /// What there is to tell of each export.
+    pub fn figures(&self) -> Vec<Figures> {
+        match self {
+            Exports::Temporary(temporary) => temporary.users.figures(),
+            Exports::Kept(_, users) => users.figures(),
+        }
+    }
+
+    pub fn has_connections(&self) -> bool {
+        match self {
+            Exports::Temporary(temporary) => temporary.users.known().connections > 0,
+            Exports::Kept(_, users) => users.known().connections > 0,
+        }
+    }
+}
+
+impl Member<'_> {
+    /// What there is to tell of its export.
+    pub fn figures(&self) -> Option<Figures> {
+        match self {
+            Member::Temporary(used) => used.users.figures_of(&used.export),
+            Member::Kept(used) => used.users.figures_of(&used.export),
         }
     }
 }
@@ -115,10 +149,7 @@ impl Temporary {
             block_size,
             directory: Arc::new(directory),
             reclaim: Arc::clone(reclaim),
-            users: match config.scope {
-                ScopeKind::Export => Some(Users::default()),
-                ScopeKind::Connection => None,
-            },
+            users: Users::new(config.scope),
         })
     }
 
@@ -132,120 +163,219 @@ impl Temporary {
             let store = TemporaryStore::new(Arc::clone(&self.directory), size);
             Overlay::new(size, self.block_size, store).join(&self.reclaim)
         };
-        match &self.users {
-            Some(users) => users.join(export, size, |_| Ok(make())),
-            None => Ok(Use::Alone(make())),
-        }
+        self.users.join(export, size, |_| Ok(make()))
     }
 }
 
-/// The overlays that outlive their connections, and how many use each.
+/// The exports that have connections, or an overlay that something was written to.
 pub struct Users<S> {
+    scope: ScopeKind,
     /// Outermost lock: an overlay is made under it, so that two first connections
     /// to an export get the same one. No request takes it.
-    by_export: Mutex<HashMap<CString, Shared<S>>>,
+    known: Mutex<Known<S>>,
 }
 
-struct Shared<S> {
-    overlay: Arc<Overlay<S>>,
+struct Known<S> {
+    by_name: BTreeMap<CString, Export<S>>,
     connections: usize,
+    /// What was counted for exports that are not known any more.
+    forgotten: Counts,
+}
+
+struct Export<S> {
+    connections: usize,
+    /// One that they share, or one for each.
+    overlays: Vec<Arc<Overlay<S>>>,
+    /// What was counted for overlays that are gone.
+    gone: Counts,
 }
 
 /// A connection's use of an overlay, which ends when this is dropped.
-pub enum Use<'a, S: Store> {
-    /// Nobody else can have it.
-    Alone(Arc<Overlay<S>>),
-    Shared {
-        overlay: Arc<Overlay<S>>,
-        users: &'a Users<S>,
-        export: CString,
-    },
-}
-
-impl<S> Default for Users<S> {
-    fn default() -> Self {
-        Users {
-            by_export: Mutex::default(),
-        }
-    }
+pub struct Use<'a, S: Store> {
+    overlay: Arc<Overlay<S>>,
+    users: &'a Users<S>,
+    export: CString,
 }
 
 impl<S: Store> Users<S> {
-    /// The overlay of `export`, whose base has `size` bytes now. If there is none yet
-    /// `make` makes it; it is told of another export that has one. EINVAL if the overlay
-    /// was made for another size: its blocks would lie over bytes that have moved or gone.
+    fn new(scope: ScopeKind) -> Self {
+        Users {
+            scope,
+            known: Mutex::new(Known {
+                by_name: BTreeMap::new(),
+                connections: 0,
+                forgotten: Counts::default(),
+            }),
+        }
+    }
+
+    /// An overlay of `export`, whose base has `size` bytes now. If there is none that can be
+    /// shared `make` makes it; it is told of another export that has one. EINVAL if the
+    /// overlay was made for another size: its blocks would lie over bytes that have moved or
+    /// gone.
     fn join(
         &self,
         export: &CStr,
         size: u64,
         make: impl FnOnce(Option<&CStr>) -> Result<Arc<Overlay<S>>>,
     ) -> Result<Use<'_, S>> {
-        let mut by_export = self.by_export();
-        let overlay = match by_export.get_mut(export) {
-            Some(shared) if shared.overlay.size() != size => {
+        let mut known = self.known();
+        let shared = match (self.scope, known.by_name.get(export)) {
+            (ScopeKind::Export, Some(known)) => known.overlays.first(),
+            _ => None,
+        };
+        let overlay = match shared {
+            Some(overlay) if overlay.size() != size => {
                 return Err(Error::new(
                     libc::EINVAL,
                     format!(
                         "export {export:?} has {size} bytes now, but its overlay was made for \
                          {} bytes: the disk below must not be resized while nbdkit runs",
-                        shared.overlay.size()
+                        overlay.size()
                     ),
                 ));
             }
-            Some(shared) => {
-                shared.connections += 1;
-                Arc::clone(&shared.overlay)
-            }
+            Some(overlay) => Arc::clone(overlay),
             None => {
-                let overlay = make(by_export.keys().next().map(|other| &**other))?;
-                let shared = Shared {
-                    overlay: Arc::clone(&overlay),
-                    connections: 1,
-                };
-                by_export.insert(export.to_owned(), shared);
+                let overlay = make(known.by_name.keys().next().map(|other| &**other))?;
+                let export = known.by_name.entry(export.to_owned()).or_default();
+                export.overlays.push(Arc::clone(&overlay));
                 overlay
             }
         };
-        Ok(Use::Shared {
+        if let Some(export) = known.by_name.get_mut(export) {
+            export.connections += 1;
+        }
+        known.connections += 1;
+        overlay.counters().add(Counter::Connections, 1);
+        Ok(Use {
             overlay,
             users: self,
             export: export.to_owned(),
         })
     }
 
-    /// A connection to `export` ends. If it is the last one and nothing was written, the
-    /// overlay is forgotten: with a plugin that takes any export name, a client could
-    /// otherwise fill the memory with names.
-    fn leave(&self, export: &CStr) {
-        let mut by_export = self.by_export();
-        let Some(shared) = by_export.get_mut(export) else {
+    /// A connection to `export` ends, which has used `overlay`. If it is the last one and
+    /// nothing was written, the export is forgotten: with a plugin that takes any export
+    /// name, a client could otherwise fill the memory with names.
+    fn leave(&self, export: &CStr, overlay: &Arc<Overlay<S>>) {
+        let mut known = self.known();
+        known.connections -= 1;
+        let Some(left) = known.by_name.get_mut(export) else {
             return;
         };
-        shared.connections -= 1;
-        if shared.connections == 0 && shared.overlay.is_untouched() {
-            by_export.remove(export);
+        left.connections -= 1;
+        if self.scope == ScopeKind::Connection {
+            left.overlays.retain(|other| !Arc::ptr_eq(other, overlay));
+            left.gone += &overlay.counters().sum();
+        }
+        let is_untouched = |overlay: &Arc<Overlay<S>>| overlay.is_untouched();
+        if left.connections == 0 && left.overlays.iter().all(is_untouched) {
+            let counts = left.counts();
+            known.by_name.remove(export);
+            known.forgotten += &counts;
         }
     }
 
-    fn by_export(&self) -> MutexGuard<'_, HashMap<CString, Shared<S>>> {
-        locked(&self.by_export)
+    fn known(&self) -> MutexGuard<'_, Known<S>> {
+        locked(&self.known)
+    }
+
+    /// What was counted so far, in all.
+    fn total(&self) -> Total {
+        let known = self.known();
+        let mut counts = known.forgotten.clone();
+        for export in known.by_name.values() {
+            counts += &export.counts();
+        }
+        Total {
+            connections: known.connections,
+            counts,
+        }
+    }
+
+    /// What there is to tell of each export.
+    fn figures(&self) -> Vec<Figures> {
+        let known = self.known();
+        let exports: Vec<_> = known.by_name.iter().map(Seen::of).collect();
+        // Looking through the maps can take time.
+        drop(known);
+        exports.into_iter().map(Seen::figures).collect()
+    }
+
+    /// The same of one export.
+    fn figures_of(&self, export: &CStr) -> Option<Figures> {
+        let seen = self.known().by_name.get_key_value(export).map(Seen::of);
+        seen.map(Seen::figures)
+    }
+}
+
+/// An export as it was seen under the lock.
+struct Seen<S> {
+    name: CString,
+    connections: usize,
+    counts: Counts,
+    overlays: Vec<Arc<Overlay<S>>>,
+}
+
+impl<S: Store> Seen<S> {
+    fn of((name, export): (&CString, &Export<S>)) -> Self {
+        Seen {
+            name: name.clone(),
+            connections: export.connections,
+            counts: export.counts(),
+            overlays: export.overlays.clone(),
+        }
+    }
+
+    fn figures(self) -> Figures {
+        let mut figures = Figures {
+            name: self.name.to_string_lossy().into_owned(),
+            total: Total {
+                connections: self.connections,
+                counts: self.counts,
+            },
+            ..Figures::default()
+        };
+        for overlay in &self.overlays {
+            figures.size = overlay.size();
+            figures.block_size = overlay.block_size().bytes();
+            figures.usage += overlay.usage();
+        }
+        figures
+    }
+}
+
+impl<S: Store> Export<S> {
+    fn counts(&self) -> Counts {
+        let mut counts = self.gone.clone();
+        for overlay in &self.overlays {
+            counts += &overlay.counters().sum();
+        }
+        counts
+    }
+}
+
+impl<S> Default for Export<S> {
+    fn default() -> Self {
+        Export {
+            connections: 0,
+            overlays: Vec::new(),
+            gone: Counts::default(),
+        }
     }
 }
 
 impl<S: Store> Use<'_, S> {
     #[inline(always)]
     pub fn overlay(&self) -> &Overlay<S> {
-        match self {
-            Use::Alone(overlay) | Use::Shared { overlay, .. } => overlay,
-        }
+        &self.overlay
     }
 }
 
 impl<S: Store> Drop for Use<'_, S> {
     fn drop(&mut self) {
-        if let Use::Shared { users, export, .. } = self {
-            users.leave(export);
-        }
+        self.users.leave(&self.export, &self.overlay);
     }
 }
 
@@ -290,7 +420,7 @@ mod tests {
     fn an_overlay_is_forgotten_if_nobody_has_written_to_it() {
         let exports = temporary(ScopeKind::Export);
         let get = || exports.join(c"a", 5000).expect("an overlay");
-        let known = || exports.users.as_ref().expect("shared").by_export().len();
+        let known = || exports.users.known().by_name.len();
         let (first, second) = (get(), get());
         drop(first);
         assert!(is_same(&second, &get()), "it is in use still");

@@ -9,6 +9,7 @@ pub mod config;
 mod connection;
 mod exports;
 pub mod probe;
+mod stats;
 
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -17,13 +18,15 @@ use std::thread::{self, JoinHandle};
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 
 use crate::base::Base;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::error_log;
 use crate::overlay::Reclaim;
 use crate::sync::{Mutex, locked};
 use crate::temporary::Directory;
 use config::Config;
 pub use connection::{Advice, Connection};
 use exports::Exports;
+use stats::Stats;
 
 /// What all connections share.
 pub struct Filter {
@@ -32,6 +35,7 @@ pub struct Filter {
     reclaim: Arc<Reclaim>,
     /// The thread that gives space back.
     reclaimer: Mutex<Option<JoinHandle<()>>>,
+    stats: Option<Stats>,
     user: User,
 }
 
@@ -44,15 +48,26 @@ fn user() -> User {
 }
 
 impl Filter {
-    /// Fails if the directory of the overlay, or the image that is to be one, is not
-    /// fit for it.
+    /// Fails if the directory of the overlay, or the image that is to be one, or the file
+    /// of the statistics, is not fit for it.
     pub fn new(config: Config) -> Result<Self> {
         log::debug!("{config:?}");
+        if config.stats.is_some() && config.stats == config.overlay {
+            return Err(Error::new(
+                libc::EINVAL,
+                "cow-stats and cow-overlay must be two files",
+            ));
+        }
+        let stats = match &config.stats {
+            Some(path) => Some(Stats::new(path, config.scope)?),
+            None => None,
+        };
         let reclaim = Arc::default();
         Ok(Filter {
             exports: Exports::new(&config, &reclaim)?,
             reclaim,
             reclaimer: Mutex::default(),
+            stats,
             config,
             user: user(),
         })
@@ -60,7 +75,7 @@ impl Filter {
 
     /// Starts what runs beside the requests. To be called when nbdkit has forked, which
     /// no thread survives.
-    pub fn start(&self) {
+    pub fn start(&'static self) {
         let reclaim = Arc::clone(&self.reclaim);
         let thread = thread::Builder::new().name("cow-reclaim".to_string());
         match thread.spawn(move || reclaim.run()) {
@@ -68,6 +83,9 @@ impl Filter {
             Err(e) => log::warn!(
                 "there is no thread to give space back, so trim and zero requests take longer: {e}"
             ),
+        }
+        if let Some(stats) = &self.stats {
+            stats.start(&self.exports);
         }
     }
 
@@ -96,6 +114,18 @@ impl Filter {
         Ok(Connection::new(self, overlay))
     }
 
+    /// Ends a connection, and tells what it has come to.
+    pub fn disconnect(&self, connection: Connection<'_>) {
+        connection.log_figures();
+        drop(connection);
+        if !self.exports.has_connections() {
+            error_log::tell_rest();
+        }
+        if let Some(stats) = &self.stats {
+            stats.disconnected(&self.exports);
+        }
+    }
+
     /// Ends what runs beside the requests, and makes safe what is to be kept, when the
     /// last client is gone.
     pub fn finish(&self) -> Result<()> {
@@ -104,9 +134,14 @@ impl Filter {
             // nbdkit unloads the library after this. A panic was logged when it happened.
             let _ = reclaimer.join();
         }
-        match &self.exports {
+        let finished = match &self.exports {
             Exports::Temporary(_) => Ok(()),
             Exports::Kept(kept, _) => kept.finish(),
+        };
+        error_log::tell_rest();
+        if let Some(stats) = &self.stats {
+            stats.finish(&self.exports);
         }
+        finished
     }
 }

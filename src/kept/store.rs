@@ -116,6 +116,10 @@ impl<F: ImageFile> Store for KeptStore<F> {
     fn flush(&self, word: &dyn Fn(u64) -> u64) -> Result<()> {
         self.image.flush(&|cluster: GuestCluster| word(cluster.0))
     }
+
+    fn flushes(&self) -> (u64, u64) {
+        self.image.flushes()
+    }
 }
 
 /// The clusters that have blocks of `blocks`.

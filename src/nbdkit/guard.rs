@@ -83,8 +83,7 @@ pub fn request(
 }
 
 /// What a callback comes to that answers no errno: a value, or `None` for a failure. Its
-/// message goes to `report`, if the layer below has not written one already. A panic is
-/// a failure.
+/// message goes to `report`, unless [`Error::is_reported`]. A panic is a failure.
 pub fn value<T>(report: impl FnOnce(&str), body: impl FnOnce() -> Result<T>) -> Option<T> {
     run(report, body).ok()
 }
@@ -102,7 +101,7 @@ fn run<T>(
         Ok(Ok(value)) => Ok(value),
         Ok(Err(e)) => {
             if e.is_reported() {
-                ::log::debug!("{e}");
+                ::log::trace!("{e}");
             } else {
                 report(&e.to_string());
             }

@@ -251,7 +251,11 @@ callback! { plain open(
 
 callback! { plain close(handle: *mut c_void) -> (), or (), {
     // SAFETY: made by `open`; nbdkit closes it once, after all else.
-    drop(unsafe { Box::from_raw(handle.cast::<Handle>()) });
+    let handle = unsafe { Box::from_raw(handle.cast::<Handle>()) };
+    // There is none if it was refused.
+    if let Some(ready) = handle.ready.into_inner() {
+        filter()?.disconnect(ready.connection);
+    }
     Ok(())
 } }
 

@@ -19,6 +19,7 @@ use super::{Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::buffer;
+use crate::counters::Counter;
 use crate::error::{Error, Result};
 
 /// How many bytes of the disk are discarded under one hold of the stripes, where there is
@@ -131,7 +132,12 @@ impl<S: Store> Overlay<S> {
                 }
                 Ok(None)
             }
-            Begun::Deferred(change) => Ok(Some(change)),
+            Begun::Deferred(change) => {
+                if change.full.is_none() {
+                    self.counters.add(Counter::ReadModifyWrites, 1);
+                }
+                Ok(Some(change))
+            }
         }
     }
 

@@ -87,7 +87,7 @@ mod stripes;
 mod write;
 mod zero;
 
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 use std::sync::{Arc, OnceLock};
 
 pub use content::Zeroing;
@@ -98,7 +98,9 @@ pub use store::Store;
 use crate::base::Base;
 use crate::block::{BlockNum, BlockSize, ByteRange};
 use crate::buffer::buffer;
+use crate::counters::{Counter, Counters, Operation};
 use crate::error::{Error, Result};
+use crate::error_log;
 use reclaim::Pending;
 use stripes::Stripes;
 
@@ -117,9 +119,34 @@ pub struct Overlay<S> {
     has_orphans: bool,
     pending: Pending,
     reclaim: Arc<Reclaim>,
+    counters: Counters,
     /// Why a change of the store has failed of which no client could be told. Some
     /// systems (NFS) tell of a write that was lost with a later one, and once only.
     untold: OnceLock<String>,
+}
+
+/// What overlays take, and what was done for them that is not counted with requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Of *data* blocks.
+    pub data_bytes: u64,
+    /// Of blocks that are stored, and are to be given back.
+    pub waiting_bytes: u64,
+    /// Memory of the block map.
+    pub map_bytes: u64,
+    /// See [`Store::flushes`].
+    pub flushes_done: u64,
+    pub flushes_shared: u64,
+}
+
+impl AddAssign for Usage {
+    fn add_assign(&mut self, other: Usage) {
+        self.data_bytes += other.data_bytes;
+        self.waiting_bytes += other.waiting_bytes;
+        self.map_bytes += other.map_bytes;
+        self.flushes_done += other.flushes_done;
+        self.flushes_shared += other.flushes_shared;
+    }
 }
 
 impl<S: Store> Overlay<S> {
@@ -134,6 +161,7 @@ impl<S: Store> Overlay<S> {
             has_orphans: false,
             pending: Pending::default(),
             reclaim: Arc::default(),
+            counters: Counters::default(),
             untold: OnceLock::new(),
         }
     }
@@ -181,6 +209,32 @@ impl<S: Store> Overlay<S> {
         &self.store
     }
 
+    /// What came of its requests. Those of clients are counted by who makes them.
+    #[inline(always)]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// What it takes now. Looks through the whole map.
+    pub fn usage(&self) -> Usage {
+        let all = BlockNum(0)..self.block_size.count(self.size);
+        let stored = self.map.stored(&all).unwrap_or(0);
+        let mut data = 0;
+        for run in self.map.runs(all) {
+            if let Ok((State::Data, run)) = run {
+                data += run.end.0 - run.start.0;
+            }
+        }
+        let (flushes_done, flushes_shared) = self.store.flushes();
+        Usage {
+            data_bytes: data * self.block_size.bytes(),
+            waiting_bytes: (stored - data) * self.block_size.bytes(),
+            map_bytes: 0,
+            flushes_done,
+            flushes_shared,
+        }
+    }
+
     /// The state of the block that holds the byte at `offset`.
     pub fn state_at(&self, offset: u64) -> Result<State> {
         self.map.state(self.block_size.block_of(offset))
@@ -220,12 +274,12 @@ impl<S: Store> Overlay<S> {
         let whole = self.bytes_of(&blocks);
         let saved = if whole == part {
             base.read(buf, part.start)?;
-            self.fill(blocks, buf)
+            self.fill(blocks, buf, Counter::CopiedOnRead)
         } else {
             match read_whole(base, whole) {
                 Ok(bytes) => {
                     buf.copy_from_slice(&bytes[part.in_buffer(whole.start)]);
-                    self.fill(blocks, &bytes)
+                    self.fill(blocks, &bytes, Counter::CopiedOnRead)
                 }
                 // The client has not asked for the rest of the blocks. It may be what
                 // can't be read, or what there is no memory for.
@@ -236,14 +290,20 @@ impl<S: Store> Overlay<S> {
             }
         };
         if let Err(e) = saved {
-            self.note_not_saved("cow-on-read", part, &e);
+            self.note_not_saved(Operation::CowOnRead, part, &e);
         }
         Ok(())
     }
 
     /// That a copy is not saved must not fail the request that it is made for.
-    fn note_not_saved(&self, why: &str, bytes: ByteRange, error: &Error) {
-        log::debug!("{why}: {bytes:?} is not saved: {error}");
+    fn note_not_saved(&self, why: Operation, bytes: ByteRange, error: &Error) {
+        let kind = self.counters.failed(why, error);
+        // What the layer below could not read it has told of itself.
+        if !error.is_reported() {
+            error_log::warn(kind, || {
+                format!("{}: {bytes:?} is not saved: {error}", why.name())
+            });
+        }
         self.note_untold(error);
     }
 
@@ -258,9 +318,9 @@ impl<S: Store> Overlay<S> {
     }
 
     /// Saves `bytes`, which the base has in `blocks`, where the blocks are still
-    /// *base*. One stripe at a time, so that writers beside it wait for no more
-    /// than the copying of one area.
-    fn fill(&self, blocks: Range<BlockNum>, bytes: &[u8]) -> Result<()> {
+    /// *base*, and counts those. One stripe at a time, so that writers beside it wait for
+    /// no more than the copying of one area.
+    fn fill(&self, blocks: Range<BlockNum>, bytes: &[u8], copied: Counter) -> Result<()> {
         let origin = self.block_size.start_of(blocks.start);
         let mut rest = blocks;
         while rest.start < rest.end {
@@ -272,6 +332,7 @@ impl<S: Store> Overlay<S> {
                     if state == State::Base {
                         let part = self.bytes_of(&run).in_buffer(origin);
                         self.store_blocks(held, &run, &bytes[part])?;
+                        self.counters.add(copied, run.end.0 - run.start.0);
                     }
                 }
                 Ok(())
@@ -296,7 +357,7 @@ impl<S: Store> Overlay<S> {
             if copy {
                 match self.copy_from_base(base, blocks) {
                     Ok(()) => continue,
-                    Err(e) => self.note_not_saved("cow-on-cache", bytes, &e),
+                    Err(e) => self.note_not_saved(Operation::CowOnCache, bytes, &e),
                 }
             }
             base.cache(bytes)?;
@@ -315,7 +376,7 @@ impl<S: Store> Overlay<S> {
             let part = self.bytes_of(&chunk);
             let bytes = &mut bytes[part.in_buffer(part.start)];
             base.read(bytes, part.start)?;
-            self.fill(chunk, bytes)?;
+            self.fill(chunk, bytes, Counter::CopiedOnCache)?;
         }
         Ok(())
     }

@@ -44,7 +44,9 @@ use super::ranges::Ranges;
 use super::stripes::{AREA, Exclusive, Held};
 use super::{Overlay, State, Store};
 use crate::block::{BlockNum, ByteRange};
+use crate::counters::{Counter, Operation};
 use crate::error::Error;
+use crate::error_log;
 use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, Ordering, locked};
 
 /// The unit in which nearly every file system gives space back, in bytes.
@@ -57,7 +59,7 @@ pub struct Pending {
     /// What could not be punched because even that needs space (as XFS does).
     without_room: Mutex<Ranges>,
     punching: Mutex<PieceLength>,
-    /// A failure was logged.
+    /// Something could not be punched, for another reason.
     has_failed: AtomicBool,
 }
 
@@ -298,13 +300,15 @@ impl<S: Store> Overlay<S> {
         }
         if given_back.start < given_back.end {
             // It does not grow the map, and the blocks are those of the disk.
-            let _ = self.map.set_given_back(&given_back);
+            let blocks = self.map.set_given_back(&given_back).unwrap_or(0);
+            self.counters
+                .add(Counter::GivenBackBytes, blocks * self.block_size.bytes());
         }
     }
 
     /// That something can't be punched loses nothing but the space, since what is not
-    /// *data* is not read. For want of space it is tried again later. Otherwise it is told
-    /// once, and not tried again, which could go on for ever.
+    /// *data* is not read. For want of space it is tried again later. Otherwise it is told,
+    /// and not tried again, which could go on for ever.
     fn note_not_punched(&self, unused: ByteRange, error: &Error) {
         if error.is_full() {
             log::debug!("tried again later: {error}");
@@ -312,9 +316,11 @@ impl<S: Store> Overlay<S> {
             return;
         }
         self.note_untold(error);
-        if !self.pending.has_failed.swap(true, Ordering::Relaxed) {
-            log::warn!("space that is not needed any more can't be given back: {error}");
-        }
+        self.pending.has_failed.store(true, Ordering::Relaxed);
+        let kind = self.counters.failed(Operation::GiveBack, error);
+        error_log::warn(kind, || {
+            format!("space that is not needed any more can't be given back: {error}")
+        });
     }
 
     /// Has given back what is pending: by the thread, or here and now if there is none.

@@ -56,4 +56,9 @@ pub trait Store: Send + Sync {
     fn flush(&self, _word: &dyn Fn(u64) -> u64) -> Result<()> {
         Ok(())
     }
+
+    /// How many flushes there were that did something, and how many shared one of those.
+    fn flushes(&self) -> (u64, u64) {
+        (0, 0)
+    }
 }

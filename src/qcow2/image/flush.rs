@@ -91,6 +91,7 @@ impl<F: ImageFile> Image<F> {
         }
         commits.waiting -= 1;
         if let Some(outcome) = commits.outcome_for(wanted) {
+            commits.shared += 1;
             return outcome;
         }
         commits.started += 1;

@@ -142,6 +142,8 @@ struct GroupCommit {
     failure: Option<(i32, String)>,
     /// How many wait for the one that is under way.
     waiting: usize,
+    /// How many have found that another was good enough for them.
+    shared: u64,
 }
 
 /// The numbers of the bits that are set.
@@ -264,6 +266,12 @@ impl<F: ImageFile> Image<F> {
     /// How many flushes wait for the one that is under way, or have yet to wake.
     pub fn flushes_waiting(&self) -> usize {
         locked(&self.commits).waiting
+    }
+
+    /// How many flushes were done, and how many shared one of those.
+    pub fn flushes(&self) -> (u64, u64) {
+        let commits = locked(&self.commits);
+        (commits.started, commits.shared)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
