@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::config::{Config, ScopeKind};
-use super::stats::{Figures, Total};
+use super::stats::{Figures, Taken, Total};
 use crate::base::Base;
 use crate::block::BlockSize;
 use crate::counters::{Counter, Counts};
@@ -340,7 +340,7 @@ impl<S: Store> Seen<S> {
         for overlay in &self.overlays {
             figures.size = overlay.size();
             figures.block_size = overlay.block_size().bytes();
-            figures.usage += overlay.usage();
+            figures.taken += Taken::by(overlay);
         }
         figures
     }

@@ -19,7 +19,8 @@
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::ops::AddAssign;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -28,12 +29,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::resource::{Resource, getrlimit};
 use serde_json::{Map, Value, json};
+use tempfile::NamedTempFile;
 
 use super::config::ScopeKind;
 use super::exports::Exports;
 use crate::counters::{Counter, Counts, Operation};
 use crate::error::{Error, Result};
-use crate::overlay::Usage;
+use crate::overlay::{Overlay, Store};
 
 /// The least time between two documents, if no client disconnects.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -60,12 +62,48 @@ pub struct Figures {
     pub size: u64,
     pub block_size: u64,
     pub total: Total,
-    pub usage: Usage,
+    pub taken: Taken,
+}
+
+/// What overlays take now, and what was done for them that no request is counted for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Taken {
+    data_bytes: u64,
+    waiting_bytes: u64,
+    map_bytes: u64,
+    flushes_done: u64,
+    flushes_shared: u64,
+}
+
+impl Taken {
+    /// Takes time for each leaf of the map.
+    pub fn by<S: Store>(overlay: &Overlay<S>) -> Self {
+        let usage = overlay.usage();
+        let block = overlay.block_size().bytes();
+        let (flushes_done, flushes_shared) = overlay.store().flushes();
+        Taken {
+            data_bytes: usage.data * block,
+            waiting_bytes: usage.unused * block,
+            map_bytes: usage.memory,
+            flushes_done,
+            flushes_shared,
+        }
+    }
+}
+
+impl AddAssign for Taken {
+    fn add_assign(&mut self, other: Taken) {
+        self.data_bytes += other.data_bytes;
+        self.waiting_bytes += other.waiting_bytes;
+        self.map_bytes += other.map_bytes;
+        self.flushes_done += other.flushes_done;
+        self.flushes_shared += other.flushes_shared;
+    }
 }
 
 impl Figures {
     pub fn json(&self) -> Value {
-        let mut json = figures(&self.total, self.usage);
+        let mut json = figures(&self.total, self.taken);
         json.insert("name".into(), json!(self.name));
         json.insert("size".into(), json!(self.size));
         json.insert("block_size".into(), json!(self.block_size));
@@ -73,7 +111,7 @@ impl Figures {
     }
 }
 
-fn figures(total: &Total, usage: Usage) -> Map<String, Value> {
+fn figures(total: &Total, taken: Taken) -> Map<String, Value> {
     let count = |counter| total.counts.get(counter);
     let figures = [
         (
@@ -99,18 +137,18 @@ fn figures(total: &Total, usage: Usage) -> Map<String, Value> {
         (
             "overlay",
             json!({
-                "data_bytes": usage.data_bytes,
-                "waiting_bytes": usage.waiting_bytes,
+                "data_bytes": taken.data_bytes,
+                "waiting_bytes": taken.waiting_bytes,
                 "given_back_bytes": count(Counter::GivenBackBytes),
-                "map_bytes": usage.map_bytes,
+                "map_bytes": taken.map_bytes,
             }),
         ),
         (
             "flushes",
             json!({
                 "asked": count(Counter::Flushes) + count(Counter::Fua),
-                "done": usage.flushes_done,
-                "shared": usage.flushes_shared,
+                "done": taken.flushes_done,
+                "shared": taken.flushes_shared,
             }),
         ),
         ("errors", errors(&total.counts)),
@@ -275,9 +313,9 @@ impl Stats {
 
     fn document(&self, exports: &Exports, is_running: bool) -> String {
         let of_exports = exports.figures();
-        let mut usage = Usage::default();
+        let mut taken = Taken::default();
         for export in &of_exports {
-            usage += export.usage;
+            taken += export.taken;
         }
         // No less than those of the exports.
         let total = exports.total();
@@ -292,7 +330,7 @@ impl Stats {
             "scope": self.scope.name(),
             "start_time_ms": self.start_time,
             "time_ms": now(),
-            "total": figures(&total, usage),
+            "total": figures(&total, taken),
         });
         format!("{document:#}\n")
     }
@@ -386,21 +424,26 @@ impl Place {
     }
 
     /// A file that has `document`, which goes away with the value.
-    fn make(&self, document: &str) -> io::Result<tempfile::NamedTempFile> {
+    fn make(&self, document: &str) -> io::Result<NamedTempFile<File>> {
         let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
         if document.len() as u64 > limit {
             // The system would end the process by SIGXFSZ.
             return Err(io::Error::from_raw_os_error(libc::EFBIG));
         }
-        let mut file = tempfile::Builder::new()
+        // By calls of our own: the library's hide the errno of a failure.
+        let create = |path: &Path| {
+            let mut options = File::options();
+            options.write(true).create_new(true).mode(0o600).open(path)
+        };
+        let named = tempfile::Builder::new()
             .prefix(&self.prefix)
             .rand_bytes(RANDOM)
-            .tempfile_in(self.directory())?;
+            .make_in(self.directory(), create)?;
+        let mut file = named.as_file();
         file.write_all(document.as_bytes())?;
         // Whatever the umask is: who may see it is up to the directory.
-        file.as_file()
-            .set_permissions(Permissions::from_mode(0o644))?;
-        Ok(file)
+        file.set_permissions(Permissions::from_mode(0o644))?;
+        Ok(named)
     }
 
     fn failed(&self, source: io::Error) -> Error {

@@ -87,7 +87,7 @@ mod stripes;
 mod write;
 mod zero;
 
-use std::ops::{AddAssign, Range};
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 pub use content::Zeroing;
@@ -123,30 +123,6 @@ pub struct Overlay<S> {
     /// Why a change of the store has failed of which no client could be told. Some
     /// systems (NFS) tell of a write that was lost with a later one, and once only.
     untold: OnceLock<String>,
-}
-
-/// What overlays take, and what was done for them that is not counted with requests.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Usage {
-    /// Of *data* blocks.
-    pub data_bytes: u64,
-    /// Of blocks that are stored, and are to be given back.
-    pub waiting_bytes: u64,
-    /// Memory of the block map.
-    pub map_bytes: u64,
-    /// See [`Store::flushes`].
-    pub flushes_done: u64,
-    pub flushes_shared: u64,
-}
-
-impl AddAssign for Usage {
-    fn add_assign(&mut self, other: Usage) {
-        self.data_bytes += other.data_bytes;
-        self.waiting_bytes += other.waiting_bytes;
-        self.map_bytes += other.map_bytes;
-        self.flushes_done += other.flushes_done;
-        self.flushes_shared += other.flushes_shared;
-    }
 }
 
 impl<S: Store> Overlay<S> {
@@ -213,26 +189,6 @@ impl<S: Store> Overlay<S> {
     #[inline(always)]
     pub fn counters(&self) -> &Counters {
         &self.counters
-    }
-
-    /// What it takes now. Looks through the whole map.
-    pub fn usage(&self) -> Usage {
-        let all = BlockNum(0)..self.block_size.count(self.size);
-        let stored = self.map.stored(&all).unwrap_or(0);
-        let mut data = 0;
-        for run in self.map.runs(all) {
-            if let Ok((State::Data, run)) = run {
-                data += run.end.0 - run.start.0;
-            }
-        }
-        let (flushes_done, flushes_shared) = self.store.flushes();
-        Usage {
-            data_bytes: data * self.block_size.bytes(),
-            waiting_bytes: (stored - data) * self.block_size.bytes(),
-            map_bytes: 0,
-            flushes_done,
-            flushes_shared,
-        }
     }
 
     /// The state of the block that holds the byte at `offset`.

@@ -39,5 +39,6 @@ mod real_disk;
 mod reliability;
 mod requests;
 mod stacked;
+mod stats;
 mod tmpdir;
 mod users;
