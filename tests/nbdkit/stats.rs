@@ -472,7 +472,7 @@ fn a_file_that_can_not_be_written_later_is_told_once() {
         "the last that was written"
     );
     // With space again it goes on.
-    fs::remove_file(mount.path().join("big")).unwrap();
+    mount.make_room();
     let document = await_disconnect(&path, 3);
     assert_eq!(document["total"]["requests"]["write"]["count"], 3);
     let said = server.stop_and_tell();

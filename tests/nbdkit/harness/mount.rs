@@ -191,6 +191,13 @@ impl Mount {
         }
     }
 
+    /// Takes away what [`Mount::fill`] has written.
+    pub fn make_room(&self) {
+        for name in ["big", "small"] {
+            fs::remove_file(self.point.join(name)).expect("a file that fills it up");
+        }
+    }
+
     /// How much the device below it has been given to write so far.
     pub fn bytes_written(&self) -> u64 {
         let mounts = fs::read_to_string("/proc/self/mounts").expect("Linux has it");
