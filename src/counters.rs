@@ -1,4 +1,4 @@
-//! What was asked of an overlay and what it came to, in numbers that only grow.
+//! What was asked of an overlay and what it came to.
 //!
 //! Requests count in parallel, so each number is a sum of parts, the *shards*, which lie on
 //! different cache lines: threads that count do not take a cache line from each other, as
@@ -207,14 +207,26 @@ impl Counters {
     }
 
     pub fn sum(&self) -> Counts {
-        let number = |counter: usize| {
-            let parts = self.shards.iter().map(|shard| &shard.0[counter]);
-            parts.map(|part| part.load(Ordering::Relaxed)).sum()
-        };
         Counts {
-            numbers: std::array::from_fn(number),
+            numbers: self.numbers(|part| part.load(Ordering::Relaxed)),
             errors: self.errors().clone(),
         }
+    }
+
+    /// The same, and begins again with 0: what is counted meanwhile is in this sum or the
+    /// next.
+    pub fn take(&self) -> Counts {
+        Counts {
+            numbers: self.numbers(|part| part.swap(0, Ordering::Relaxed)),
+            errors: std::mem::take(&mut self.errors()),
+        }
+    }
+
+    fn numbers(&self, part: impl Fn(&AtomicU64) -> u64) -> [u64; COUNTERS] {
+        std::array::from_fn(|counter| {
+            let parts = self.shards.iter().map(|shard| &shard.0[counter]);
+            parts.map(&part).sum()
+        })
     }
 }
 
@@ -303,7 +315,8 @@ mod tests {
             other.failed(Operation::Zero, &Error::from_below(number, "x"));
         }
         let mut sum = one.sum();
-        sum += &other.sum();
+        sum += &other.take();
+        assert_eq!(other.sum(), Counts::default());
         assert_eq!(sum.get(Counter::Reads), 2);
         assert_eq!(sum.get(Counter::ReadBytes), 12);
         let errors: Vec<_> = sum

@@ -57,9 +57,8 @@ impl<'a> Connection<'a> {
         let copy = self.filter.config.on_read.is_on();
         each!(&self.overlay, overlay => {
             let counts = overlay.counters().here();
-            counts.request(Operation::Read, buf.len() as u64);
-            let base = &Counted { base, counts };
-            noted(overlay, Operation::Read, overlay.read(base, buf, offset, copy))
+            let done = overlay.read(&Counted { base, counts }, buf, offset, copy);
+            counted(overlay, counts, Operation::Read, buf.len() as u64, done)
         })
     }
 
@@ -69,10 +68,9 @@ impl<'a> Connection<'a> {
         log::trace!("request: write {} bytes at {offset}, fua={fua}", buf.len());
         each!(&self.overlay, overlay => {
             let counts = overlay.counters().here();
-            counts.request(Operation::Write, buf.len() as u64);
-            let base = &Counted { base, counts };
-            let done = overlay.write(base, buf, offset);
-            noted(overlay, Operation::Write, flushed_if(fua, overlay, counts, done))
+            let done = overlay.write(&Counted { base, counts }, buf, offset);
+            let done = flushed_if(fua, overlay, counts, done);
+            counted(overlay, counts, Operation::Write, buf.len() as u64, done)
         })
     }
 
@@ -91,10 +89,9 @@ impl<'a> Connection<'a> {
         };
         each!(&self.overlay, overlay => {
             let counts = overlay.counters().here();
-            counts.request(operation, len);
-            let base = &Counted { base, counts };
-            let done = overlay.zero(base, offset, len, how);
-            noted(overlay, operation, flushed_if(fua, overlay, counts, done))
+            let done = overlay.zero(&Counted { base, counts }, offset, len, how);
+            let done = flushed_if(fua, overlay, counts, done);
+            counted(overlay, counts, operation, len, done)
         })
     }
 
@@ -103,8 +100,8 @@ impl<'a> Connection<'a> {
     pub fn flush(&self) -> Result<()> {
         log::trace!("request: flush");
         each!(&self.overlay, overlay => {
-            overlay.counters().here().request(Operation::Flush, 0);
-            noted(overlay, Operation::Flush, overlay.flush())
+            let counts = overlay.counters().here();
+            counted(overlay, counts, Operation::Flush, 0, overlay.flush())
         })
     }
 
@@ -113,9 +110,8 @@ impl<'a> Connection<'a> {
         let copy = self.filter.config.on_cache;
         each!(&self.overlay, overlay => {
             let counts = overlay.counters().here();
-            counts.request(Operation::Cache, len);
-            let base = &Counted { base, counts };
-            noted(overlay, Operation::Cache, overlay.cache(base, offset, len, copy))
+            let done = overlay.cache(&Counted { base, counts }, offset, len, copy);
+            counted(overlay, counts, Operation::Cache, len, done)
         })
     }
 
@@ -128,9 +124,9 @@ impl<'a> Connection<'a> {
     ) -> Result<Vec<Extent>> {
         log::trace!("request: extents of {len} bytes at {offset}, only_first={only_first}");
         each!(&self.overlay, overlay => {
-            overlay.counters().here().request(Operation::Extents, len);
+            let counts = overlay.counters().here();
             let found = overlay.extents(base, offset, len, only_first);
-            noted(overlay, Operation::Extents, found)
+            counted(overlay, counts, Operation::Extents, len, found)
         })
     }
 
@@ -194,10 +190,17 @@ fn flushed_if<S: Store>(
     done.and_then(|()| overlay.flush())
 }
 
-/// What a request has come to. A failure is counted, and there may be enough of its kind in
-/// the log.
+/// Counts a request of `bytes` that has come to `done`. It comes last: who finds nothing
+/// counted since he looked at the overlay finds that as it was.
 #[inline(always)]
-fn noted<T, S: Store>(overlay: &Overlay<S>, request: Operation, done: Result<T>) -> Result<T> {
+fn counted<T, S: Store>(
+    overlay: &Overlay<S>,
+    counts: &Shard,
+    request: Operation,
+    bytes: u64,
+    done: Result<T>,
+) -> Result<T> {
+    counts.request(request, bytes);
     done.map_err(|error| failed(overlay.counters(), request, error))
 }
 

@@ -117,6 +117,21 @@ impl Exports {
         }
     }
 
+    /// What the overlays take of which there are these `figures`. (One that is kept is there
+    /// without a client.)
+    pub fn taken(&self, figures: &[Figures]) -> Taken {
+        let mut taken = Taken::default();
+        match self {
+            Exports::Kept(kept, _) if figures.is_empty() => {
+                if let Some(overlay) = kept.current() {
+                    taken += Taken::by(&overlay);
+                }
+            }
+            _ => figures.iter().for_each(|export| taken += export.taken),
+        }
+        taken
+    }
+
     pub fn has_connections(&self) -> bool {
         match self {
             Exports::Temporary(temporary) => temporary.users.known().connections > 0,
@@ -259,7 +274,7 @@ impl<S: Store> Users<S> {
     /// nothing was written, the export is forgotten: with a plugin that takes any export
     /// name, a client could otherwise fill the memory with names.
     fn leave(&self, export: &CStr, overlay: &Arc<Overlay<S>>) {
-        let mut known = self.known();
+        let known = &mut *self.known();
         known.connections -= 1;
         let Some(left) = known.by_name.get_mut(export) else {
             return;
@@ -267,13 +282,16 @@ impl<S: Store> Users<S> {
         left.connections -= 1;
         if self.scope == ScopeKind::Connection {
             left.overlays.retain(|other| !Arc::ptr_eq(other, overlay));
-            left.gone += &overlay.counters().sum();
+            left.gone += &overlay.counters().take();
         }
         let is_untouched = |overlay: &Arc<Overlay<S>>| overlay.is_untouched();
         if left.connections == 0 && left.overlays.iter().all(is_untouched) {
-            let counts = left.counts();
+            known.forgotten += &left.gone;
+            for overlay in &left.overlays {
+                // A kept one stays, and the next export that has it counts anew.
+                known.forgotten += &overlay.counters().take();
+            }
             known.by_name.remove(export);
-            known.forgotten += &counts;
         }
     }
 

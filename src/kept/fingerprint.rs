@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_small_disk_is_sampled_whole_and_nothing_beyond_it() {
-        assert_eq!(places(0, 0), []);
+        assert_eq!(places(0, 0), [0; 0]);
         assert_eq!(places(1, 1), [0]);
         assert_eq!(places(4096, 4096), [0]);
         assert_eq!(places(4097, 4097), [0, 4096]);

@@ -259,6 +259,12 @@ impl Kept {
         locked(&self.served)
     }
 
+    /// The overlay, if the image was opened or made.
+    pub fn current(&self) -> Option<Arc<KeptOverlay>> {
+        let served = self.held();
+        served.as_ref().map(|served| Arc::clone(&served.overlay))
+    }
+
     /// The overlay for `export`, over `base`, for whose size the image is fit. `other` is
     /// another export that uses the image or has written to it. EINVAL if there is one, or
     /// if the image was made for another export or another disk.

@@ -397,6 +397,7 @@ mod tests {
             good,
             failure: Some((libc::ENOSPC, "full".to_string())),
             waiting: 0,
+            shared: 0,
         };
         let told = |commits: GroupCommit| commits.outcome_for(2).map(|outcome| outcome.is_ok());
         assert_eq!(told(commits(1, 1)), None);
