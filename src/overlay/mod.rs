@@ -246,18 +246,18 @@ impl<S: Store> Overlay<S> {
             }
         };
         if let Err(e) = saved {
-            self.note_not_saved(Operation::CowOnRead, part, &e);
+            self.note_not_saved(Operation::CowOnRead, &e);
         }
         Ok(())
     }
 
     /// That a copy is not saved must not fail the request that it is made for.
-    fn note_not_saved(&self, why: Operation, bytes: ByteRange, error: &Error) {
+    fn note_not_saved(&self, why: Operation, error: &Error) {
         let kind = self.counters.failed(why, error);
         // What the layer below could not read it has told of itself.
         if !error.is_reported() {
             error_log::warn(kind, || {
-                format!("{}: {bytes:?} is not saved: {error}", why.name())
+                format!("{}: what was read is not saved: {error}", why.name())
             });
         }
         self.note_untold(error);
@@ -313,7 +313,7 @@ impl<S: Store> Overlay<S> {
             if copy {
                 match self.copy_from_base(base, blocks) {
                     Ok(()) => continue,
-                    Err(e) => self.note_not_saved(Operation::CowOnCache, bytes, &e),
+                    Err(e) => self.note_not_saved(Operation::CowOnCache, &e),
                 }
             }
             base.cache(bytes)?;
