@@ -275,6 +275,25 @@ fn flushes_of_a_kept_overlay_that_share_one_are_counted() {
     assert!(flushes(&document, "done") > done, "the last flush");
 }
 
+/// The image stays when the export is forgotten because nothing was written to it.
+#[test]
+fn an_export_that_is_forgotten_is_counted_once() {
+    let (directory, path, parameter) = place();
+    let base = Base::new(&noise(6, 1 << 20));
+    let overlay = format!("cow-overlay={}", directory.path().join("o.qcow2").display());
+    let server = Server::start(&["file", base.path(), &overlay, &parameter]);
+    for connection in 1..=3 {
+        server.nbdsh("h.pread(4096, 0); h.flush()");
+        let document = await_disconnect(&path, connection);
+        assert_eq!(document["exports"], json!([]));
+        let total = &document["total"];
+        let read = json!({"count": connection, "bytes": 4096 * connection});
+        assert_eq!(total["requests"]["read"], read);
+        let flushes = json!({"asked": connection, "done": connection, "shared": 0});
+        assert_eq!(total["flushes"], flushes);
+    }
+}
+
 /// By the errno of the failure, also those that the log does not have.
 #[test]
 fn errors_are_counted_by_kind() {
