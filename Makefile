@@ -3,7 +3,7 @@
 # Settings go to the scripts through the environment, so that a path may
 # contain any character.
 export CRASH_SEED DEBIAN_MIRROR DISK DESTDIR FILTERDIR MANDIR MINUTES STATEDIR LIBRARY ONLY PART \
-	QUICK SUITES THROW_AWAY_SYSTEM
+	QUICK SEED SUITES THROW_AWAY_SYSTEM
 
 # Only from the command line: some systems have a variable of this name in the environment.
 ifeq ($(origin NAME),command line)

@@ -26,7 +26,8 @@ make crash          looks at what crashes leave of a kept overlay, at random, un
 make fuzz           installs what is missing, and feeds damaged images to the filter
                     until Ctrl-C or until it finds something
 make soak           everything at once, with a model of each part of the disk; MINUTES=
-                    says for how long (3 if not set)
+                    says for how long (3 if not set); SEED=, as it has printed it, repeats
+                    its rounds
 make bench          installs what is missing, measures, and writes docs/performance
                     (ten minutes); QUICK=1: a minute, into target/bench;
                     ONLY=hosts: this part alone, into target/bench as well

@@ -1,1 +1,0 @@
-//! Everything at once, for as long as one likes.
