@@ -449,8 +449,8 @@ impl<'a> Client<'a> {
                 let What::Change(change) = request.what else {
                     continue;
                 };
-                self.region.done(cookie, self.clock, 0..0, false);
                 self.settle(cookie, change, self.mix.block)?;
+                self.look_if_settled(cookie);
             }
         }
         Ok(())

@@ -181,7 +181,7 @@ struct Kept {
 struct Since {
     id: u64,
     change: Change,
-    /// When it was answered.
+    /// When it was known what became of it.
     done: Option<u64>,
     /// It was done as a whole, and so is there after a flush.
     as_a_whole: bool,
@@ -231,13 +231,11 @@ impl Region {
         let Some(at) = kept.since.iter().position(|since| since.id == id) else {
             return;
         };
-        let since = &mut kept.since[at];
-        since.done = Some(time);
         if !whole.is_empty() {
             let change = Change {
                 range: whole,
                 certain: safe,
-                ..since.change.clone()
+                ..kept.since[at].change.clone()
             };
             let as_a_whole = Since {
                 id,
@@ -246,6 +244,14 @@ impl Region {
                 as_a_whole: true,
             };
             kept.since.insert(at + 1, as_a_whole);
+        }
+    }
+
+    /// It is known of all of a change what became of it.
+    pub fn settled(&mut self, id: u64, time: u64) {
+        let Some(kept) = &mut self.kept else { return };
+        if let Some(since) = kept.since.iter_mut().find(|since| since.id == id) {
+            since.done = Some(time);
         }
     }
 

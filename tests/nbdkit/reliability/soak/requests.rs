@@ -249,6 +249,15 @@ impl Client<'_> {
         self.send(CMD_READ, ("read after a change", 0), range, &[], what)
     }
 
+    /// Whether all has been read where this change may have been done or not.
+    pub fn look_if_settled(&mut self, number: u64) {
+        let is_of_it =
+            |request: &Request| matches!(&request.what, What::Settle(_, of, _) if *of == number);
+        if !self.in_flight.values().any(is_of_it) {
+            self.region.settled(number, self.clock);
+        }
+    }
+
     /// Holds an answer against what it may be.
     pub fn answered(&mut self, cookie: u64, request: Request, answer: Answer) -> Result {
         let length = request.range.end - request.range.start;
@@ -301,8 +310,8 @@ impl Client<'_> {
             // Nothing has changed, and reads will look for that.
             self.region.refused(cookie);
         } else if is_full {
-            self.region.done(cookie, self.clock, 0..0, false);
             self.settle(cookie, change.clone(), self.mix.block)?;
+            self.look_if_settled(cookie);
         } else {
             return Err(self.unexpected(&request, &format!("errno {errno}")));
         }
@@ -316,6 +325,7 @@ impl Client<'_> {
         if !request.name.contains("trim") {
             self.region.now.write(&range, &change.content);
             self.region.done(cookie, self.clock, range, is_safe);
+            self.look_if_settled(cookie);
             return Ok(());
         }
         let block = self.mix.block;
@@ -339,6 +349,7 @@ impl Client<'_> {
             };
             self.settle(cookie, change, block)?;
         }
+        self.look_if_settled(cookie);
         Ok(())
     }
 

@@ -134,8 +134,8 @@ impl Run<'_> {
                 Some(fault)
             }
         };
-        // The reason may be what a neighbour has sent.
-        if target.fault.load(Ordering::Acquire) {
+        // The reason may be what a neighbour has sent, or be found after the kill.
+        if target.is_killed() || target.fault.load(Ordering::Acquire) {
             let file = self
                 .places
                 .directory
