@@ -279,6 +279,7 @@ impl Client<'_> {
                 judge(bytes, own.start, before, changes, *unit)
                     .map_err(|wrong| self.wrong(&request, &wrong))?;
                 self.region.found(*number, self.clock, own, bytes.clone());
+                self.look_if_settled(*number);
             }
             (What::Status(expectation), Answer::Extents(extents)) => {
                 self.look_at_extents(&request, expectation, extents)?;
