@@ -165,6 +165,8 @@ pub struct Change {
     pub content: Content,
     /// Nothing that is older can be there.
     pub certain: bool,
+    /// What was there before all changes can't be there.
+    pub happened: bool,
 }
 
 /// Bytes that can't be there.
@@ -214,16 +216,21 @@ pub fn judge(
     for pair in cuts.windows(2) {
         let part = (pair[0] - start) as usize..(pair[1] - start) as usize;
         let found = &found[part.clone()];
-        let mut candidates = vec![before[part].to_vec()];
+        let mut candidates = Vec::new();
+        let mut is_new = false;
         for change in changes {
             if change.range.start <= pair[0] && pair[1] <= change.range.end {
                 if change.certain {
                     candidates.clear();
                 }
+                is_new |= change.certain || change.happened;
                 let mut bytes = vec![0; found.len()];
                 change.content.fill(pair[0], &mut bytes);
                 candidates.push(bytes);
             }
+        }
+        if !is_new {
+            candidates.push(before[part].to_vec());
         }
         let is_right = |at: usize| candidates.iter().any(|bytes| bytes[at] == found[at]);
         let wrong = if candidates.iter().any(|bytes| bytes == found) {

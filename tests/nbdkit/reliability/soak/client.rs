@@ -8,7 +8,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
-use std::net::Shutdown;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -20,7 +19,7 @@ use super::tally::Tally;
 use super::wire::{Answer, Connection, Event, Target};
 
 /// What is not answered until then never is.
-const PATIENCE: Duration = Duration::from_secs(90);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 
 /// How many steps are remembered for whoever looks for the reason of a fault.
 const REMEMBERED: usize = 50_000;
@@ -51,8 +50,8 @@ pub struct Expectation {
 
 pub enum What {
     Read(Expectation),
-    /// Finds out what became of the change of this number, in units of so many bytes.
-    Settle(Expectation, u64, u64),
+    /// Finds out what became of the changes of these numbers, in units of so many bytes.
+    Settle(Expectation, Vec<u64>, u64),
     Status(Expectation),
     Change(Change),
     Cache,
@@ -90,10 +89,18 @@ pub fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
 /// A connection that was torn. Until the server has done with it, the requests that were
 /// in flight may or may not be carried out.
 pub struct Torn {
-    connection: Connection,
-    since: Instant,
+    pub connection: Connection,
+    pub since: Instant,
     /// By their numbers.
     pub requests: BTreeMap<u64, Request>,
+}
+
+/// A change that was in flight together with another one of the same bytes: which of the
+/// two is there is known when both are over.
+pub struct Met {
+    pub number: u64,
+    pub change: Change,
+    pub is_over: bool,
 }
 
 /// One step, to be read by whoever looks for the reason of a fault.
@@ -130,7 +137,7 @@ impl fmt::Display for Step {
 pub struct Client<'a> {
     pub mix: &'a Mix,
     pub disk: &'a Disk,
-    target: &'a Target,
+    pub target: &'a Target,
     pub region: &'a mut Region,
     pub random: Random,
     sender: Sender<Event>,
@@ -139,8 +146,9 @@ pub struct Client<'a> {
     opened: u64,
     pub in_flight: BTreeMap<u64, Request>,
     pub torn: Vec<Torn>,
+    pub met: Vec<Met>,
     /// Requests of torn connections, which may be answered all the same.
-    given_up: BTreeSet<u64>,
+    pub given_up: BTreeSet<u64>,
     /// Counts what happens, and is the number of each request.
     pub clock: u64,
     /// Most requests go near this place, so that they meet, and much of the disk stays as
@@ -173,6 +181,7 @@ impl<'a> Client<'a> {
             opened: 0,
             in_flight: BTreeMap::new(),
             torn: Vec::new(),
+            met: Vec::new(),
             given_up: BTreeSet::new(),
             // No two phases write the same bytes.
             clock: phase << 40,
@@ -203,7 +212,7 @@ impl<'a> Client<'a> {
         self.clock
     }
 
-    fn connect(&mut self) -> Result {
+    pub fn connect(&mut self) -> Result {
         self.opened += 1;
         let number = ((self.region.number as u64) << 32) + self.opened;
         let connection = Connection::open(self.target, number, &self.sender);
@@ -220,7 +229,7 @@ impl<'a> Client<'a> {
     }
 
     /// Everything fails when the server is killed.
-    fn halt(&self, fault: String) -> Halt {
+    pub fn halt(&self, fault: String) -> Halt {
         match self.target.is_killed() {
             true => Halt::Killed,
             false => Halt::Fault(fault),
@@ -232,6 +241,7 @@ impl<'a> Client<'a> {
         let torn = self.torn.iter().flat_map(|torn| torn.requests.values());
         let mut all = self.in_flight.values().chain(torn);
         all.any(|request| request.keeps_others_out_of(range))
+            || self.met.iter().any(|met| overlap(&met.change.range, range))
     }
 
     /// What a read of this range may find that is sent now.
@@ -241,13 +251,25 @@ impl<'a> Client<'a> {
         let own = start..range.end.clamp(start, region.end);
         let torn = self.torn.iter().flat_map(|torn| torn.requests.values());
         let all = self.in_flight.values().chain(torn);
-        let changes = all.flat_map(Request::changes);
+        let mut changes: Vec<Change> = self.met.iter().map(|met| met.change.clone()).collect();
+        for request in all {
+            // Where the rest of a change was looked at already, there may be newer ones.
+            changes.extend(request.changes().iter().map(|change| {
+                let start = change
+                    .range
+                    .start
+                    .clamp(request.range.start, request.range.end);
+                let end = change.range.end.clamp(start, request.range.end);
+                Change {
+                    range: start..end,
+                    ..change.clone()
+                }
+            }));
+        }
+        changes.retain(|change| overlap(&change.range, &own));
         Expectation {
             before: self.region.now.get(&own),
-            changes: changes
-                .filter(|change| overlap(&change.range, &own))
-                .cloned()
-                .collect(),
+            changes,
             own,
         }
     }
@@ -273,6 +295,7 @@ impl<'a> Client<'a> {
         };
         if let What::Change(change) = &request.what {
             self.region.issued(cookie, change);
+            self.note_who_meets(cookie, change);
             for other in self.in_flight.values_mut() {
                 if let What::Read(expectation) | What::Status(expectation) = &mut other.what {
                     if overlap(&expectation.own, &range) {
@@ -305,7 +328,7 @@ impl<'a> Client<'a> {
     }
 
     /// Takes one reply.
-    fn wait(&mut self) -> Result {
+    pub fn wait(&mut self) -> Result {
         let start = Instant::now();
         loop {
             self.look_at_torn()?;
@@ -356,104 +379,6 @@ impl<'a> Client<'a> {
         };
         self.remember(cookie, &request, event);
         self.answered(cookie, request, answer)
-    }
-
-    /// Tears one connection, in the middle of a request.
-    fn tear(&mut self) -> Result {
-        let at = self.random.below(self.connections.len() as u64) as usize;
-        let mut connection = self.connections.swap_remove(at);
-        let torn = connection.number;
-        let is_of_it = |request: &Request| request.connection == torn;
-        let in_flight = self.in_flight.values().filter(|r| is_of_it(r)).count();
-        let (cut, how) = self.how_to_tear(in_flight);
-        let message = self.any_write();
-        let cut = cut as usize % message.len();
-        if let Err(error) = connection.send_raw(&message[..cut]) {
-            return Err(self.halt(format!("sending a part of a request: {error}")));
-        }
-        connection.tear(how);
-        self.tally.happened("torn connections", 1);
-        let cookies: Vec<u64> = self
-            .in_flight
-            .iter()
-            .filter(|(_, r)| is_of_it(r))
-            .map(|(cookie, _)| *cookie)
-            .collect();
-        let mut requests = BTreeMap::new();
-        let mut again = Vec::new();
-        for cookie in cookies {
-            let request = self.in_flight.remove(&cookie).expect("it is in flight");
-            self.remember(cookie, &request, "torn");
-            self.given_up.insert(cookie);
-            match request.what {
-                What::Change(_) => {
-                    requests.insert(cookie, request);
-                }
-                What::Settle(expectation, number, unit) => again.push((expectation, number, unit)),
-                _ => {}
-            }
-        }
-        self.tally.happened("torn changes", requests.len() as u64);
-        if self.mix.kind == Kind::PerConnection {
-            // What was written over it is gone with it.
-            requests.clear();
-            again.clear();
-        }
-        self.torn.push(Torn {
-            connection,
-            since: Instant::now(),
-            requests,
-        });
-        self.connect()?;
-        for (expectation, number, unit) in again {
-            self.settle_again(expectation, number, unit)?;
-        }
-        Ok(())
-    }
-
-    /// After how many bytes of a request, and whether replies are still taken.
-    fn how_to_tear(&mut self, in_flight: usize) -> (u64, Shutdown) {
-        let cut = match self.random.below(4) {
-            0 => 0,
-            1 => self.random.below(28),
-            _ => self.random.below(self.mix.longest),
-        };
-        let how = self.random.of(&[Shutdown::Both, Shutdown::Write]);
-        let is_alone = in_flight == 0 || self.mix.threads == 1;
-        match self.target.may_fail_to_reply || is_alone {
-            true => (cut, how),
-            false if in_flight == 1 => (0, how),
-            false => (0, Shutdown::Write),
-        }
-    }
-
-    /// Finds out what became of the requests of torn connections that are over.
-    fn look_at_torn(&mut self) -> Result {
-        let mut at = 0;
-        while at < self.torn.len() {
-            if self.target.is_killed() {
-                return Err(Halt::Killed);
-            }
-            if !self.torn[at].connection.is_over(self.target) {
-                if self.torn[at].since.elapsed() > PATIENCE {
-                    return Err("the server does not end a torn connection"
-                        .to_string()
-                        .into());
-                }
-                at += 1;
-                continue;
-            }
-            let torn = self.torn.swap_remove(at);
-            self.tick();
-            for (cookie, request) in torn.requests {
-                let What::Change(change) = request.what else {
-                    continue;
-                };
-                self.settle(cookie, change, self.mix.block)?;
-                self.look_if_settled(cookie);
-            }
-        }
-        Ok(())
     }
 
     /// Waits for all requests, and looks at all of the region.

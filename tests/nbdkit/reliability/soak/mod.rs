@@ -12,11 +12,14 @@
 
 mod bytes;
 mod client;
+mod doubts;
 mod mix;
+mod places;
 mod region;
 mod requests;
 mod run;
 mod tally;
+mod tears;
 mod wire;
 
 use std::fs::{self, File};

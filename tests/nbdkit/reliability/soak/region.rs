@@ -146,17 +146,18 @@ fn range_of(number: u64, stride: u64, size: u64, count: u64) -> Range<u64> {
 fn spots(region: Range<u64>, random: &mut Random) -> Vec<Range<u64>> {
     let length = region.end - region.start;
     if length <= 64 * MIB {
-        return vec![region];
+        return std::iter::once(region).collect();
     }
     let part = length / 4;
     let between = (0..4).map(|number| {
         let start = region.start + number * part + MIB + random.below(part - 3 * MIB);
         start..start + MIB
     });
-    let mut spots = vec![region.start..region.start + MIB / 2];
-    spots.extend(between);
-    spots.push(region.end - MIB / 2..region.end);
-    spots
+    let ends = [
+        region.start..region.start + MIB / 2,
+        region.end - MIB / 2..region.end,
+    ];
+    ends.into_iter().chain(between).collect()
 }
 
 /// What one client knows of its part of the disk.
@@ -275,6 +276,7 @@ impl Region {
                 range: range.clone(),
                 content,
                 certain: false,
+                happened: false,
             };
             kept.since.push(Since {
                 id,

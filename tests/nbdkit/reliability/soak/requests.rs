@@ -2,15 +2,13 @@
 
 use std::ops::Range;
 
-use super::bytes::{Change, Content, judge, pages, tag_of};
+use super::bytes::{Change, Content, judge, tag_of};
 use super::client::{Client, Expectation, Halt, Request, Result, What};
 use super::wire::{Answer, CMD_CACHE, FLAG_FAST_ZERO, FLAG_FUA, FLAG_REQ_ONE};
 use crate::harness::nbd::{
     CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, FLAG_NO_HOLE,
-    header,
 };
 
-const MIB: u64 = 1 << 20;
 const ENOSPC: u32 = 28;
 const ENOTSUP: u32 = 95;
 const STATE_ZERO: u32 = 1 << 1;
@@ -52,7 +50,8 @@ impl Client<'_> {
             *kind,
             "write" | "write of zeroes" | "zero" | "trim" | "large"
         );
-        if range.is_empty() || is_change && self.is_busy(&range) {
+        let meets = is_change && self.is_busy(&range);
+        if range.is_empty() || meets && (*kind == "large" || !self.may_meet(&range)) {
             return Ok(false);
         }
         let fua = self.random.of(&[0, 0, 0, 0, 0, 0, 0, 0, 0, FLAG_FUA]);
@@ -105,85 +104,6 @@ impl Client<'_> {
         Ok(true)
     }
 
-    /// A place where bytes are written in this region.
-    fn somewhere(&mut self) -> u64 {
-        let spots = self.disk.spots(self.region.number);
-        let spot = &spots[self.random.below(spots.len() as u64) as usize];
-        spot.start + self.random.below(spot.end - spot.start)
-    }
-
-    /// A range in a spot of this region: of any alignment, of sectors or of blocks.
-    fn place(&mut self) -> Range<u64> {
-        let block = self.mix.block;
-        let start = match self.random.once_in(20) {
-            true => self.somewhere(),
-            false => self.focus + self.random.below(8 * block),
-        };
-        let length = match self.random.below(100) {
-            0..50 => 1 + self.random.below(4096),
-            50..80 => block * (1 + self.random.below(3)),
-            80..97 => 1 + self.random.below(64 << 10),
-            _ => 1 + self.random.below(self.mix.longest),
-        };
-        let unit = self.random.of(&[1, 512, block]);
-        let start = start / unit * unit;
-        let length = length
-            .next_multiple_of(unit)
-            .min(self.mix.longest.max(block));
-        let spots = self.disk.spots(self.region.number);
-        let spot = spots.iter().find(|spot| spot.contains(&start));
-        match spot {
-            Some(spot) => start..(start + length).min(spot.end),
-            None => 0..0,
-        }
-    }
-
-    /// Much of the region, or all of it.
-    fn large(&mut self) -> Range<u64> {
-        let region = self.region.range.clone();
-        let start = region.start + self.random.below(region.end - region.start);
-        let longest = ((4u64 << 30) - 1).min(region.end - start);
-        let length = match self.random.once_in(20) {
-            true => longest,
-            false => 1 + self.random.below(longest / 8),
-        };
-        start..start + length
-    }
-
-    /// Anywhere in the region.
-    pub fn elsewhere(&mut self) -> Range<u64> {
-        let region = self.region.range.clone();
-        let start = region.start + self.random.below(region.end - region.start);
-        start..(start + self.mix.longest).min(region.end)
-    }
-
-    /// A range that begins in the region of another client, or reaches into one.
-    fn of_others(&mut self) -> Range<u64> {
-        let region = self.region.range.clone();
-        let length = 1 + self.random.below(self.mix.longest);
-        let start = match self.random.below(3) {
-            0 => region.start.saturating_sub(self.random.below(length)),
-            1 => region.end.saturating_sub(self.random.below(length)),
-            _ => {
-                let other = self.random.below(self.mix.regions as u64) as usize;
-                let spots = self.disk.spots(other);
-                let spot = &spots[self.random.below(spots.len() as u64) as usize];
-                spot.start + self.random.below(spot.end - spot.start)
-            }
-        };
-        start..(start + length).min(self.disk.size)
-    }
-
-    /// The bytes of a request of which not all are going to be sent.
-    pub fn any_write(&mut self) -> Vec<u8> {
-        let range = self.place();
-        let length = (range.end - range.start) as u32;
-        let cookie = self.tick();
-        let mut message = header(CMD_WRITE, 0, cookie, range.start, length).to_vec();
-        message.resize(message.len() + length as usize, 0xff);
-        message
-    }
-
     pub fn read(&mut self, name: &'static str, range: Range<u64>) -> Result {
         let expectation = self.expectation(&range);
         self.send(CMD_READ, (name, 0), range, &[], |_| What::Read(expectation))
@@ -205,57 +125,11 @@ impl Client<'_> {
             range: range.clone(),
             content,
             certain: false,
+            happened: false,
         };
         self.send(command, name_and_flags, range, &payload, |_| {
             What::Change(change)
         })
-    }
-
-    /// Reads where a change may have been done or not, and believes what is there.
-    pub fn settle(&mut self, number: u64, change: Change, unit: u64) -> Result {
-        const LONGEST: u64 = MIB / 4;
-        let mut pieces: Vec<Range<u64>> = Vec::new();
-        let add = |pieces: &mut Vec<Range<u64>>, piece: Range<u64>| match pieces.last_mut() {
-            Some(last) if last.end == piece.start && piece.end - last.start <= LONGEST => {
-                last.end = piece.end;
-            }
-            _ => pieces.push(piece),
-        };
-        match change.content {
-            // Where there were zeroes before, there are now.
-            Content::Zeroes => {
-                for number in self.region.now.used(&change.range) {
-                    let start = (number * super::bytes::PAGE).max(change.range.start);
-                    let end = ((number + 1) * super::bytes::PAGE).min(change.range.end);
-                    add(&mut pieces, start..end);
-                }
-            }
-            _ => pages(change.range.clone()).for_each(|piece| add(&mut pieces, piece)),
-        }
-        for own in pieces {
-            let expectation = Expectation {
-                before: self.region.now.get(&own),
-                changes: vec![change.clone()],
-                own,
-            };
-            self.settle_again(expectation, number, unit)?;
-        }
-        Ok(())
-    }
-
-    pub fn settle_again(&mut self, expectation: Expectation, number: u64, unit: u64) -> Result {
-        let range = expectation.own.clone();
-        let what = |_| What::Settle(expectation, number, unit);
-        self.send(CMD_READ, ("read after a change", 0), range, &[], what)
-    }
-
-    /// Whether all has been read where this change may have been done or not.
-    pub fn look_if_settled(&mut self, number: u64) {
-        let is_of_it =
-            |request: &Request| matches!(&request.what, What::Settle(_, of, _) if *of == number);
-        if !self.in_flight.values().any(is_of_it) {
-            self.region.settled(number, self.clock);
-        }
     }
 
     /// Holds an answer against what it may be.
@@ -268,7 +142,7 @@ impl Client<'_> {
             (What::Read(expectation), Answer::Bytes(bytes)) if bytes.len() as u64 == length => {
                 self.look_at(&request, expectation, bytes)?;
             }
-            (What::Settle(expectation, number, unit), Answer::Bytes(bytes))
+            (What::Settle(expectation, numbers, unit), Answer::Bytes(bytes))
                 if bytes.len() as u64 == length =>
             {
                 let Expectation {
@@ -278,8 +152,11 @@ impl Client<'_> {
                 } = expectation;
                 judge(bytes, own.start, before, changes, *unit)
                     .map_err(|wrong| self.wrong(&request, &wrong))?;
-                self.region.found(*number, self.clock, own, bytes.clone());
-                self.look_if_settled(*number);
+                self.region
+                    .found(numbers[0], self.clock, own, bytes.clone());
+                numbers
+                    .iter()
+                    .for_each(|number| self.look_if_settled(*number));
             }
             (What::Status(expectation), Answer::Extents(extents)) => {
                 self.look_at_extents(&request, expectation, extents)?;
@@ -310,9 +187,14 @@ impl Client<'_> {
         if is_slow {
             // Nothing has changed, and reads will look for that.
             self.region.refused(cookie);
+            let number = self.met.iter().position(|met| met.number == cookie);
+            if let Some(at) = number {
+                // The others are as if it had not been.
+                self.met[at].change.range.end = self.met[at].change.range.start;
+                self.over(cookie, change.clone(), 1)?;
+            }
         } else if is_full {
-            self.settle(cookie, change.clone(), self.mix.block)?;
-            self.look_if_settled(cookie);
+            self.over(cookie, change.clone(), self.mix.block)?;
         } else {
             return Err(self.unexpected(&request, &format!("errno {errno}")));
         }
@@ -321,6 +203,11 @@ impl Client<'_> {
     }
 
     fn done(&mut self, cookie: u64, request: &Request, change: Change) -> Result {
+        if let Some(met) = self.met.iter_mut().find(|met| met.number == cookie) {
+            // A trim may leave parts of blocks as they are.
+            met.change.happened = !request.name.contains("trim");
+            return self.over(cookie, change, 1);
+        }
         let range = change.range.clone();
         let is_safe = request.flags & FLAG_FUA != 0;
         if !request.name.contains("trim") {
@@ -348,7 +235,8 @@ impl Client<'_> {
                 range: part,
                 ..change.clone()
             };
-            self.settle(cookie, change, block)?;
+            let range = change.range.clone();
+            self.settle(vec![cookie], range, &[change], block)?;
         }
         self.look_if_settled(cookie);
         Ok(())
