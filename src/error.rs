@@ -29,6 +29,7 @@ struct Failure {
     unlogged: Unlogged,
     of_write: bool,
     refuses_fast_zero: bool,
+    over_limit: bool,
 }
 
 /// What every fallible function of the crate returns.
@@ -46,6 +47,7 @@ impl Error {
             unlogged: Unlogged(0),
             of_write: false,
             refuses_fast_zero: false,
+            over_limit: false,
         }))
     }
 
@@ -88,6 +90,14 @@ impl Error {
         error
     }
 
+    /// ENOSPC: it would be more than `cow-limit` allows.
+    #[cold]
+    pub fn over_limit(tried: impl Into<Cow<'static, str>>) -> Self {
+        let mut error = Error::new(libc::ENOSPC, tried);
+        error.0.over_limit = true;
+        error
+    }
+
     /// Memory that could not be had; `what` names what it was for.
     pub fn no_memory(what: impl Into<Cow<'static, str>>) -> Self {
         Error::new(libc::ENOMEM, what)
@@ -114,6 +124,11 @@ impl Error {
     /// Whether it says that there is no space.
     pub fn is_full(&self) -> bool {
         matches!(self.0.errno, libc::ENOSPC | libc::EDQUOT)
+    }
+
+    /// Whether this was made by [`Error::over_limit`].
+    pub fn is_over_limit(&self) -> bool {
+        self.0.over_limit
     }
 
     /// Whether nothing is to be logged: the layer below has written its own message, or

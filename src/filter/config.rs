@@ -74,6 +74,8 @@ pub struct Config {
     pub files_below: FilesBelow,
     /// `None`: that of the overlay's file system.
     pub block_size: Option<BlockSize>,
+    /// `cow-limit`, in bytes.
+    pub limit: Option<u64>,
     pub on_cache: bool,
     pub on_read: OnRead,
     pub scope: ScopeKind,
@@ -91,7 +93,7 @@ pub struct Parameter {
 }
 
 /// All of them. What is not here is left to the layers below.
-pub const PARAMETERS: [Parameter; 8] = [
+pub const PARAMETERS: [Parameter; 9] = [
     Parameter {
         key: "cow-block-size",
         default: None,
@@ -99,6 +101,16 @@ pub const PARAMETERS: [Parameter; 8] = [
             let size = parse_size(&given.text()).and_then(BlockSize::new);
             let size = size.ok_or_else(|| given.refused("a power of two from 512 to 2G"))?;
             config.block_size = Some(size);
+            Ok(())
+        },
+    },
+    Parameter {
+        key: "cow-limit",
+        default: None,
+        set: |config, given| {
+            let limit = parse_size(&given.text()).filter(|limit| *limit > 0);
+            let limit = limit.ok_or_else(|| given.refused("a size in bytes, more than 0"))?;
+            config.limit = Some(limit);
             Ok(())
         },
     },
@@ -173,6 +185,9 @@ pub const HELP: &std::ffi::CStr = c"\
 cow-block-size=SIZE      Unit of the block map, a power of two from 512 to 2G
                          (default: the block size of the file system that
                          holds the overlay, usually 4K).
+cow-limit=SIZE           The most that all overlays together may take, data and
+                         memory; what would take more fails with ENOSPC
+                         (default: no limit).
 cow-on-cache=BOOL        true: cache requests copy data of the plugin into the
                          overlay (default: false).
 cow-on-read=BOOL|/PATH   true: reads copy data of the plugin into the overlay;
@@ -374,6 +389,20 @@ mod tests {
             refusal("cow-scope", "a\nb\x1b"),
             "cow-scope=a\u{fffd}b\u{fffd}: the value must be export or connection"
         );
+    }
+
+    #[test]
+    fn a_limit_is_a_size_and_not_nothing() {
+        assert_eq!(config(&[]).limit, None);
+        for (text, bytes) in [("1", 1), ("10g", 10 << 30), ("15E", 15 << 60)] {
+            assert_eq!(config(&[("cow-limit", text)]).limit, Some(bytes), "{text}");
+        }
+        for bad in ["0", "0G", "", "-1", "16E", "50%", "none"] {
+            assert_eq!(
+                refusal("cow-limit", bad),
+                format!("cow-limit={bad}: the value must be a size in bytes, more than 0")
+            );
+        }
     }
 
     #[test]

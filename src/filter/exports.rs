@@ -16,7 +16,7 @@ use crate::block::BlockSize;
 use crate::counters::{Counter, Counts};
 use crate::error::{Error, Result};
 use crate::kept::{Kept, KeptStore, Wanted};
-use crate::overlay::{Overlay, Reclaim, Store};
+use crate::overlay::{Account, Budget, Overlay, Reclaim, Store};
 use crate::sync::{Mutex, MutexGuard, locked};
 use crate::temporary::{Directory, TemporaryStore};
 
@@ -31,6 +31,8 @@ pub struct Temporary {
     block_size: BlockSize,
     directory: Arc<Directory>,
     reclaim: Arc<Reclaim>,
+    /// With a limit.
+    budget: Option<Arc<Budget>>,
     users: Users<TemporaryStore>,
 }
 
@@ -59,8 +61,12 @@ pub(super) use each;
 
 impl Exports {
     /// Fails if the directory of the overlays, or the image that is to be one, is not
-    /// fit for it.
-    pub fn new(config: &Config, reclaim: &Arc<Reclaim>) -> Result<Self> {
+    /// fit for it, or the limit is too small for anything.
+    pub fn new(
+        config: &Config,
+        reclaim: &Arc<Reclaim>,
+        budget: Option<Arc<Budget>>,
+    ) -> Result<Self> {
         let Some(path) = &config.overlay else {
             if config.backing.is_some() {
                 return Err(Error::new(
@@ -68,7 +74,7 @@ impl Exports {
                     "cow-backing is of no use without cow-overlay",
                 ));
             }
-            return Ok(Exports::Temporary(Temporary::new(config, reclaim)?));
+            return Ok(Exports::Temporary(Temporary::new(config, reclaim, budget)?));
         };
         if config.scope == ScopeKind::Connection {
             return Err(Error::new(
@@ -82,6 +88,7 @@ impl Exports {
             block_size: config.block_size,
             backing: config.backing(),
             reclaim: Arc::clone(reclaim),
+            budget,
         })?;
         Ok(Exports::Kept(Box::new(kept), Users::new(config.scope)))
     }
@@ -151,7 +158,7 @@ impl Member<'_> {
 }
 
 impl Temporary {
-    fn new(config: &Config, reclaim: &Arc<Reclaim>) -> Result<Self> {
+    fn new(config: &Config, reclaim: &Arc<Reclaim>, budget: Option<Arc<Budget>>) -> Result<Self> {
         let directory = Directory::from_environment()?;
         let block_size = config
             .block_size
@@ -160,10 +167,14 @@ impl Temporary {
             "overlays in {}, block size {block_size}",
             directory.path().display()
         );
+        if let Some(budget) = &budget {
+            budget.expect_room_for_a_block(block_size)?;
+        }
         Ok(Temporary {
             block_size,
             directory: Arc::new(directory),
             reclaim: Arc::clone(reclaim),
+            budget,
             users: Users::new(config.scope),
         })
     }
@@ -176,7 +187,9 @@ impl Temporary {
         let make = || {
             log::debug!("new overlay for export {export:?} of {size} bytes");
             let store = TemporaryStore::new(Arc::clone(&self.directory), size);
-            Overlay::new(size, self.block_size, store).join(&self.reclaim)
+            Overlay::new(size, self.block_size, store)
+                .limited(self.budget.as_ref().map(Account::new))
+                .join(&self.reclaim)
         };
         self.users.join(export, size, |_| Ok(make()))
     }
@@ -407,7 +420,7 @@ mod tests {
             scope,
             ..Config::default()
         };
-        Temporary::new(&config, &Arc::default()).expect("a directory")
+        Temporary::new(&config, &Arc::default(), None).expect("a directory")
     }
 
     fn is_same(a: &Use<'_, TemporaryStore>, b: &Use<'_, TemporaryStore>) -> bool {

@@ -20,7 +20,7 @@ use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::error_log;
-use crate::overlay::Reclaim;
+use crate::overlay::{Budget, Reclaim};
 use crate::sync::{Mutex, locked};
 use crate::temporary::Directory;
 use config::Config;
@@ -63,8 +63,9 @@ impl Filter {
             None => None,
         };
         let reclaim = Arc::default();
+        let budget = config.limit.map(|limit| Arc::new(Budget::new(limit)));
         Ok(Filter {
-            exports: Exports::new(&config, &reclaim)?,
+            exports: Exports::new(&config, &reclaim, budget)?,
             reclaim,
             reclaimer: Mutex::default(),
             stats,

@@ -23,7 +23,7 @@ use crate::base::Base;
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
 use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
-use crate::overlay::{Overlay, Reclaim};
+use crate::overlay::{Account, Budget, Overlay, Reclaim};
 use crate::qcow2::header::{Header, User};
 use crate::qcow2::home;
 use crate::qcow2::image::Image;
@@ -49,6 +49,8 @@ pub struct Wanted {
     /// The base's name, if one was given or can be told from the parameters.
     pub backing: Option<Backing>,
     pub reclaim: Arc<Reclaim>,
+    /// With a limit.
+    pub budget: Option<Arc<Budget>>,
 }
 
 /// See the module's documentation.
@@ -57,6 +59,7 @@ pub struct Kept {
     block_size: Option<BlockSize>,
     backing: Option<Backing>,
     reclaim: Arc<Reclaim>,
+    budget: Option<Arc<Budget>>,
     /// The base, locked while this is there.
     _base_lock: Option<File>,
     /// Held while an image is made or its base is looked at, so that none is made twice.
@@ -82,6 +85,7 @@ impl Kept {
             block_size: wanted.block_size,
             backing: wanted.backing,
             reclaim: wanted.reclaim,
+            budget: wanted.budget,
             _base_lock: None,
             served: Mutex::default(),
         };
@@ -150,6 +154,8 @@ impl Kept {
         let file = file.try_clone();
         let file = file.map_err(|e| self.path.failed(e, "opening"))?;
         let (image, header) = Image::open(file, self.path.path())?;
+        let account = self.budget.as_ref().map(Account::new);
+        let image = image.limited(account.as_ref());
         Ok((resume(image, self.path.can_zero_range())?, header))
     }
 
@@ -216,6 +222,9 @@ impl Kept {
         };
         self.recorded_name(backing)?;
         let file_system = self.path.try_file_system()?;
+        if let Some(budget) = &self.budget {
+            budget.expect_room_for_a_block(self.block_size_on(&file_system))?;
+        }
         self.path.open_directory()?;
         if !file_system.known_sparse {
             log::warn!(
@@ -353,9 +362,12 @@ impl Kept {
             self.expect_made_for(size, served.overlay.size(), true)?;
             return Ok(served);
         }
+        let account = self.budget.as_ref().map(Account::new);
+        let image = image.limited(account.as_ref());
         let store = KeptStore::new(image, file_system.can_zero_range);
+        let overlay = Overlay::new(size, block_size, store).limited(account);
         Ok(Served {
-            overlay: Overlay::new(size, block_size, store).join(&self.reclaim),
+            overlay: overlay.join(&self.reclaim),
             header,
         })
     }

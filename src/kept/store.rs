@@ -2,10 +2,11 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::block::{BlockNum, ByteRange};
 use crate::error::{Error, Result};
-use crate::overlay::{Overlay, State, Store};
+use crate::overlay::{Overlay, Purpose, Store};
 use crate::qcow2::file::ImageFile;
 use crate::qcow2::image::{CLUSTERS_PER_GROUP, Image};
 use crate::qcow2::layout::{BLOCKS_PER_CLUSTER, GuestCluster};
@@ -93,9 +94,8 @@ impl<F: ImageFile> Store for KeptStore<F> {
         Some(found.saturating_sub(data))
     }
 
-    fn reserve(&self, blocks: &Range<BlockNum>, becomes: State) -> Result<()> {
-        let is_discard = becomes == State::Zero;
-        self.image.reserve(clusters_of(blocks), is_discard)
+    fn reserve(&self, blocks: &Range<BlockNum>, purpose: Purpose) -> Result<()> {
+        self.image.reserve(clusters_of(blocks), purpose)
     }
 
     fn publish(
@@ -128,14 +128,15 @@ fn clusters_of(blocks: &Range<BlockNum>) -> Range<GuestCluster> {
         ..GuestCluster(blocks.end.0.div_ceil(BLOCKS_PER_CLUSTER))
 }
 
-/// The overlay that an image holds. The errors are those of [`Image::load`].
+/// The overlay that an image holds, within the limit of the image. The errors are those of [`Image::load`].
 pub fn resume<F: ImageFile>(
     image: Image<F>,
     can_zero_range: bool,
 ) -> Result<Overlay<KeptStore<F>>> {
     let layout = image.layout();
+    let account = image.account().map(Arc::clone);
     let store = KeptStore::new(image, can_zero_range);
-    Overlay::resume(
+    let overlay = Overlay::resume(
         layout.disk_size(),
         layout.block_size(),
         store,
@@ -144,5 +145,6 @@ pub fn resume<F: ImageFile>(
                 .image
                 .load(|group, words| map.load(group * CLUSTERS_PER_GROUP, words))
         },
-    )
+    )?;
+    Ok(overlay.limited(account))
 }

@@ -15,6 +15,7 @@ use std::ops::Range;
 
 use super::content::Content;
 use super::stripes::{Deferral, Held};
+use super::write::SENT;
 use super::{Overlay, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
@@ -230,7 +231,7 @@ impl<S: Store> Overlay<S> {
         let progress = self.reclaim.progress();
         let stored = match content.bytes(bytes) {
             Some(new) => self.stripes.shared(blocks, |held| {
-                let done = self.store_blocks(held, blocks, new);
+                let done = self.store_blocks::<SENT, _>(held, blocks, new);
                 stored_or_deferred(held, bytes, done)
             }),
             None if self.is_one_step(blocks, content) => self.stripes.exclusive(blocks, |held| {
@@ -334,12 +335,29 @@ impl<S: Store> Overlay<S> {
     /// be given back since. No stripe is held.
     fn with_room(&self, range: ByteRange, mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
         let progress = self.reclaim.progress();
-        match attempt() {
+        match self.within_limit(&mut attempt) {
             Err(e) if e.is_full() => {
                 self.room_after(progress, e)?;
-                self.again(range, attempt)
+                self.again(range, || self.within_limit(&mut attempt))
             }
             done => done,
+        }
+    }
+
+    /// Runs `attempt`, and again as long as it is over the limit and something was given back
+    /// since: what was, another may have taken.
+    fn within_limit(&self, attempt: &mut impl FnMut() -> Result<()>) -> Result<()> {
+        loop {
+            let given_back = self.given_back();
+            match attempt() {
+                Err(e) if e.is_over_limit() => {
+                    self.make_room();
+                    if self.given_back() == given_back {
+                        return Err(e);
+                    }
+                }
+                done => return done,
+            }
         }
     }
 

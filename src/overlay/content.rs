@@ -56,10 +56,11 @@ impl<'a> Content<'a> {
     }
 
     /// Who trims because there is no space must not be stopped by that: NBD allows that
-    /// a trim does nothing.
+    /// a trim does nothing. (Over `cow-limit` all has been trimmed that needs no memory. The
+    /// rest would be forgotten, and a client goes on with what succeeds.)
     pub fn unless_full_trim(&self, done: Result<()>) -> Result<()> {
         match done {
-            Err(e) if self.is_trim() && e.is_full() => {
+            Err(e) if self.is_trim() && e.is_full() && !e.is_over_limit() => {
                 log::debug!("trim: something keeps its old value: {e}");
                 Ok(())
             }

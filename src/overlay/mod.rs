@@ -76,9 +76,11 @@
 //! What nobody asked for (a copy of the base, the freeing of a block that has become
 //! zeroes) never makes a request fail.
 
+pub mod budget;
 mod change;
 mod content;
 mod extents;
+mod limit;
 mod map;
 mod ranges;
 mod reclaim;
@@ -90,10 +92,11 @@ mod zero;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+pub use budget::{Account, Budget};
 pub use content::Zeroing;
 pub use map::{BlockMap, State, Usage};
 pub use reclaim::Reclaim;
-pub use store::Store;
+pub use store::{Purpose, Store};
 
 use crate::base::Base;
 use crate::block::{BlockNum, BlockSize, ByteRange};
@@ -101,8 +104,10 @@ use crate::buffer::buffer;
 use crate::counters::{Counter, Counters, Operation};
 use crate::error::{Error, Result};
 use crate::error_log;
+use limit::Limit;
 use reclaim::Pending;
 use stripes::Stripes;
+use write::COPY;
 
 /// How much of the base cow-on-cache reads at a time: it bounds the memory that
 /// a request of up to 4G takes.
@@ -123,6 +128,9 @@ pub struct Overlay<S> {
     /// Why a change of the store has failed of which no client could be told. Some
     /// systems (NFS) tell of a write that was lost with a later one, and once only.
     untold: OnceLock<String>,
+    /// The last field: when this is dropped, which gives back what is charged, the store's
+    /// files are closed.
+    limit: Option<Limit>,
 }
 
 impl<S: Store> Overlay<S> {
@@ -139,6 +147,7 @@ impl<S: Store> Overlay<S> {
             reclaim: Arc::default(),
             counters: Counters::default(),
             untold: OnceLock::new(),
+            limit: None,
         }
     }
 
@@ -218,7 +227,9 @@ impl<S: Store> Overlay<S> {
             match state {
                 State::Zero => piece.fill(0),
                 State::Data => self.store.read(piece, part.start)?,
-                State::Base if copy => self.read_and_copy(base, piece, part)?,
+                State::Base if copy && self.has_room_for_copy(&blocks) => {
+                    self.read_and_copy(base, piece, part)?;
+                }
                 State::Base => base.read(piece, part.start)?,
             }
         }
@@ -287,7 +298,7 @@ impl<S: Store> Overlay<S> {
                     let (state, run) = run?;
                     if state == State::Base {
                         let part = self.bytes_of(&run).in_buffer(origin);
-                        self.store_blocks(held, &run, &bytes[part])?;
+                        self.store_blocks::<COPY, _>(held, &run, &bytes[part])?;
                         self.counters.add(copied, run.end.0 - run.start.0);
                     }
                 }
@@ -329,6 +340,9 @@ impl<S: Store> Overlay<S> {
         while rest.start < rest.end {
             let chunk = rest.start..rest.end.min(BlockNum(rest.start.0 + step));
             rest.start = chunk.end;
+            if !self.has_room_for_copy(&chunk) {
+                return Err(Error::over_limit("no more is copied"));
+            }
             let part = self.bytes_of(&chunk);
             let bytes = &mut bytes[part.in_buffer(part.start)];
             base.read(bytes, part.start)?;
@@ -363,7 +377,8 @@ impl<S: Store> Overlay<S> {
     /// Those of blocks that are not *data* nobody can read: their space is given back.
     #[inline(always)]
     fn give_back_if_failed(&self, range: ByteRange, done: Result<()>) -> Result<()> {
-        if done.is_err() {
+        // Over the limit it has taken nothing.
+        if done.as_ref().is_err_and(|e| !e.is_over_limit()) {
             self.give_back_unused(range);
         }
         done

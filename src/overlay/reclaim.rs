@@ -226,7 +226,14 @@ impl<S: Store> Overlay<S> {
         if self.has_orphans {
             // The range may be all of a large disk of which little is stored.
             let stored = self.store.next_stored(range.start).unwrap_or(range.start);
-            range.start = stored.clamp(range.start, range.end);
+            let hole = ByteRange {
+                end: stored.clamp(range.start, range.end),
+                ..range
+            };
+            // Zeroes that keep their space look like a hole.
+            let taken = self.first_taken(&self.block_size.touched_by(hole));
+            let taken = taken.map(|block| self.block_size.start_of(block).max(range.start));
+            range.start = taken.unwrap_or(hole.end);
         }
         let piece = ByteRange {
             end: range.end.min(length.end_of(range.start)),
@@ -300,9 +307,12 @@ impl<S: Store> Overlay<S> {
         }
         if given_back.start < given_back.end {
             // It does not grow the map, and the blocks are those of the disk.
-            let blocks = self.map.set_given_back(&given_back).unwrap_or(0);
+            let stored = self.map.set_given_back(&given_back).unwrap_or_default();
             self.counters
-                .add(Counter::GivenBackBytes, blocks * self.block_size.bytes());
+                .add(Counter::GivenBackBytes, stored * self.block_size.bytes());
+            if let Some(limit) = &self.limit {
+                limit.note_given_back(&given_back, stored);
+            }
         }
     }
 

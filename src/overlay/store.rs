@@ -2,9 +2,30 @@
 
 use std::ops::Range;
 
-use super::State;
+use super::budget::Share;
 use crate::block::{BlockNum, ByteRange};
 use crate::error::Result;
+
+/// What is going to become of blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// *Data*.
+    Data,
+    /// *Data* or *zero*, by a copy of the base, which nobody has asked for.
+    Copy,
+    /// *Zero*, which takes no space but that of the tables.
+    Zero,
+}
+
+impl Purpose {
+    /// How much of the limit may be used for it.
+    pub fn share(self) -> Share {
+        match self {
+            Purpose::Copy => Share::Half,
+            Purpose::Data | Purpose::Zero => Share::All,
+        }
+    }
+}
 
 /// Where an overlay keeps its bytes. A trait, so that tests can make each
 /// operation fail or wait.
@@ -34,7 +55,7 @@ pub trait Store: Send + Sync {
 
     /// To be called before `blocks` change, and before bytes are written that are to be
     /// *data*: takes the space that keeping note of it needs, if it needs any.
-    fn reserve(&self, _blocks: &Range<BlockNum>, _becomes: State) -> Result<()> {
+    fn reserve(&self, _blocks: &Range<BlockNum>, _purpose: Purpose) -> Result<()> {
         Ok(())
     }
 

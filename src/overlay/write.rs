@@ -7,11 +7,16 @@ use super::change::stored_or_deferred;
 use super::content::Content;
 use super::map::BlockMap;
 use super::stripes::{Exclusive, Held};
-use super::{Overlay, State, Store};
+use super::{Overlay, Purpose, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::{buffer, is_zero};
 use crate::error::{Error, Result};
+
+/// What is stored is a copy of the base, or what a client has sent. Known when the code is
+/// compiled, so that nobody pays for it who has no limit.
+pub(super) const COPY: bool = true;
+pub(super) const SENT: bool = false;
 
 impl<S: Store> Overlay<S> {
     /// Writes `buf` at `offset`.
@@ -28,7 +33,8 @@ impl<S: Store> Overlay<S> {
             let blocks = self.block_size.touched_by(range);
             let progress = self.reclaim.progress();
             let stored = self.stripes.shared(&blocks, |held| {
-                stored_or_deferred(held, range, self.store_blocks(held, &blocks, buf))
+                let stored = self.store_blocks::<SENT, _>(held, &blocks, buf);
+                stored_or_deferred(held, range, stored)
             });
             match stored {
                 Ok(()) => return Ok(()),
@@ -65,9 +71,9 @@ impl<S: Store> Overlay<S> {
         }
         if matches!(content, Content::Zeroes(_)) && !content.may_trim() {
             // The client wants the space: a block that is all zeroes is stored too.
-            return self.store_run(held, &blocks, block_bytes, start);
+            return self.store_run::<SENT, _>(held, &blocks, block_bytes, start);
         }
-        self.store_blocks(held, &blocks, block_bytes)
+        self.store_blocks::<SENT, _>(held, &blocks, block_bytes)
     }
 
     /// Changes bytes of a *data* block.
@@ -118,7 +124,7 @@ impl<S: Store> Overlay<S> {
         content: Content<'_>,
     ) -> Result<()> {
         match content.bytes(self.bytes_of(blocks)) {
-            Some(new) => self.store_blocks(held, blocks, new),
+            Some(new) => self.store_blocks::<SENT, _>(held, blocks, new),
             None if content.may_trim() => self.discard(held, blocks),
             None => self.zero_and_keep(held, blocks),
         }
@@ -129,7 +135,7 @@ impl<S: Store> Overlay<S> {
     /// Blocks of zeroes that have no data are not stored. Looking for them costs
     /// a word a block where there is data.
     #[inline(always)]
-    pub(super) fn store_blocks<How>(
+    pub(super) fn store_blocks<const IS_COPY: bool, How>(
         &self,
         held: &Held<'_, How>,
         blocks: &Range<BlockNum>,
@@ -138,14 +144,14 @@ impl<S: Store> Overlay<S> {
         // Nearly every small request is one block that begins with data.
         if blocks.start.next() == blocks.end && bytes[0] != 0 {
             let origin = self.block_size.start_of(blocks.start);
-            return self.store_run(held, blocks, bytes, origin);
+            return self.store_run::<IS_COPY, _>(held, blocks, bytes, origin);
         }
-        self.store_runs(held, blocks, bytes)
+        self.store_runs::<IS_COPY, _>(held, blocks, bytes)
     }
 
     /// As [`Overlay::store_blocks`], for each run of blocks that are to be stored or not.
     #[inline(never)]
-    fn store_runs<How>(
+    fn store_runs<const IS_COPY: bool, How>(
         &self,
         held: &Held<'_, How>,
         blocks: &Range<BlockNum>,
@@ -162,9 +168,15 @@ impl<S: Store> Overlay<S> {
             let run = start..end;
             if stored {
                 let part = self.bytes_of(&run);
-                self.store_run(held, &run, &bytes[part.in_buffer(origin)], part.start)?;
+                let bytes = &bytes[part.in_buffer(origin)];
+                self.store_run::<IS_COPY, _>(held, &run, bytes, part.start)?;
             } else {
-                self.store.reserve(&run, State::Zero)?;
+                let purpose = if IS_COPY {
+                    Purpose::Copy
+                } else {
+                    Purpose::Zero
+                };
+                self.reserve_for_zero(held, &run, purpose)?;
                 self.publish(&run, BlockMap::set_zero_unless_data)?;
             }
             start = end;
@@ -173,15 +185,35 @@ impl<S: Store> Overlay<S> {
     }
 
     /// Stores all the `bytes` of `blocks`, the first of which is at `offset`.
-    fn store_run<How>(
+    fn store_run<const IS_COPY: bool, How>(
         &self,
         held: &Held<'_, How>,
         blocks: &Range<BlockNum>,
         bytes: &[u8],
         offset: u64,
     ) -> Result<()> {
-        self.reserve_for_data(held, blocks)?;
-        self.store.write(bytes, offset)?;
+        let purpose = if IS_COPY {
+            Purpose::Copy
+        } else {
+            Purpose::Data
+        };
+        self.make_data(held, blocks, purpose, || self.store.write(bytes, offset))
+    }
+
+    /// Makes `blocks` *data*, all the bytes of which are stored by `put`.
+    #[inline(always)]
+    pub(super) fn make_data<How>(
+        &self,
+        held: &Held<'_, How>,
+        blocks: &Range<BlockNum>,
+        purpose: Purpose,
+        put: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if let Some(limit) = &self.limit {
+            return self.make_data_within(limit, held, blocks, purpose, put);
+        }
+        self.reserve_for_data(held, blocks, purpose)?;
+        put()?;
         self.publish(blocks, BlockMap::set_data)
     }
 
@@ -192,12 +224,27 @@ impl<S: Store> Overlay<S> {
         &self,
         held: &Held<'_, How>,
         blocks: &Range<BlockNum>,
+        purpose: Purpose,
     ) -> Result<()> {
         debug_assert!(held.covers(blocks));
-        match self.store.reserve(blocks, State::Data) {
+        match self.store.reserve(blocks, purpose) {
             Err(e) if e.is_full() && self.map.run(blocks)? == (State::Data, blocks.end) => Ok(()),
             reserved => reserved,
         }
+    }
+
+    /// To be called before `blocks` become *zero*.
+    pub(super) fn reserve_for_zero<How>(
+        &self,
+        held: &Held<'_, How>,
+        blocks: &Range<BlockNum>,
+        purpose: Purpose,
+    ) -> Result<()> {
+        debug_assert!(held.covers(blocks));
+        if self.limit.is_some() {
+            self.map.grow_for_zero(blocks, purpose.share())?;
+        }
+        self.store.reserve(blocks, purpose)
     }
 
     // Here and below the compiler would make a call of what is shorter than one.

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::content::{Content, Zeroing};
 use super::map::BlockMap;
 use super::stripes::{AREA, Exclusive, Held};
-use super::{Overlay, State, Store};
+use super::{Overlay, Purpose, State, Store};
 use crate::base::Base;
 use crate::block::{BlockNum, ByteRange, Piece};
 use crate::buffer::is_zero;
@@ -73,7 +73,7 @@ impl<S: Store> Overlay<S> {
         if self.has_orphans {
             self.pending.insert(self.bytes_of(blocks));
         }
-        match self.store.reserve(blocks, State::Zero) {
+        match self.reserve_for_zero(held, blocks, Purpose::Zero) {
             Err(e) if e.is_full() => self.discard_what_fits(held, blocks),
             reserved => reserved.and_then(|()| self.discard_reserved(held, blocks)),
         }
@@ -88,16 +88,40 @@ impl<S: Store> Overlay<S> {
         held: &Held<'_, Exclusive>,
         blocks: &Range<BlockNum>,
     ) -> Result<()> {
+        let mut full = Ok(());
         for wanted in [State::Data, State::Base] {
             for run in self.map.runs(blocks.clone()) {
                 let (state, run) = run?;
-                if state == wanted {
-                    self.store.reserve(&run, State::Zero)?;
-                    self.discard_reserved(held, &run)?;
+                if state != wanted {
+                    continue;
+                }
+                for part in self.parts_to_discard(run) {
+                    match self.reserve_for_zero(held, &part, Purpose::Zero) {
+                        // Others may need nothing.
+                        Err(e) if e.is_over_limit() => full = Err(e),
+                        reserved => reserved.and_then(|()| self.discard_reserved(held, &part))?,
+                    }
                 }
             }
         }
-        Ok(())
+        full
+    }
+
+    /// `blocks`, cut where it makes a difference to the block map, if that may not grow as it
+    /// likes.
+    fn parts_to_discard(&self, blocks: Range<BlockNum>) -> impl Iterator<Item = Range<BlockNum>> {
+        let mut rest = blocks;
+        std::iter::from_fn(move || {
+            if rest.start >= rest.end {
+                return None;
+            }
+            let mut part = rest.clone();
+            if self.limit.is_some() {
+                part.end = part.end.min(self.map.part_end(part.start));
+            }
+            rest.start = part.end;
+            Some(part)
+        })
     }
 
     /// There is space for the note of it.
@@ -151,16 +175,16 @@ impl<S: Store> Overlay<S> {
         blocks: &Range<BlockNum>,
     ) -> Result<()> {
         let bytes = self.bytes_of(blocks);
-        self.reserve_for_data(held, blocks)?;
-        match self.store.zero_range(bytes) {
-            Ok(true) => {}
-            Ok(false) => self.write_zeroes(bytes)?,
-            Err(e) => {
-                self.write_zeroes_over_data(blocks)?;
-                return Err(e);
+        self.make_data(held, blocks, Purpose::Data, || {
+            match self.store.zero_range(bytes) {
+                Ok(true) => Ok(()),
+                Ok(false) => self.write_zeroes(bytes),
+                Err(e) => {
+                    self.write_zeroes_over_data(blocks)?;
+                    Err(e)
+                }
             }
-        }
-        self.publish(blocks, BlockMap::set_data)
+        })
     }
 
     /// A range that could not be zeroed has no certain bytes any more: ext4 drops what was

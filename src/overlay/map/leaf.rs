@@ -125,6 +125,19 @@ impl Leaf {
         (stored, unused)
     }
 
+    /// The first block from `at` to `end` that is stored.
+    pub fn first_stored(&self, mut at: u64, end: u64) -> Option<u64> {
+        while at < end {
+            let stored = self.word(at).load(Ordering::Acquire) as u32 >> (at % BLOCKS_PER_WORD);
+            if stored != 0 {
+                let first = at + u64::from(stored.trailing_zeros());
+                return (first < end).then_some(first);
+            }
+            at = (at / BLOCKS_PER_WORD + 1) * BLOCKS_PER_WORD;
+        }
+        None
+    }
+
     /// Makes `f(word, mask)` of every word that has blocks from `at` to `end`, where
     /// `mask` has their `stored` bits. `seen` gets those that have changed, before and
     /// after.

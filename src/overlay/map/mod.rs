@@ -39,8 +39,11 @@
 mod leaf;
 mod tree;
 
+use std::cell::Cell;
 use std::ops::Range;
+use std::sync::Arc;
 
+use super::budget::{Account, Share};
 use crate::block::BlockNum;
 use crate::error::{Error, Result};
 use crate::sync::Ordering;
@@ -161,23 +164,41 @@ impl BlockMap {
     /// are in the file: invariant 3. Who changes blocks holds their stripes.
     /// ENOMEM if the map can't grow; some of the blocks may be *data* by then.
     pub fn set_data(&self, blocks: &Range<BlockNum>) -> Result<bool> {
+        let mut changed = false;
+        self.make_data(blocks, |_, _| changed = true)?;
+        Ok(changed)
+    }
+
+    /// The same, and adds to `stored` how many of them were not stored before.
+    pub fn set_data_counting(&self, blocks: &Range<BlockNum>, stored: &Cell<u64>) -> Result<bool> {
+        let mut changed = false;
+        self.make_data(blocks, |old, new| {
+            changed = true;
+            let newly = (new & !old) as u32;
+            stored.set(stored.get() + u64::from(newly.count_ones()));
+        })?;
+        Ok(changed)
+    }
+
+    /// `seen` is that of [`Leaf::update`].
+    #[inline(always)]
+    fn make_data(&self, blocks: &Range<BlockNum>, mut seen: impl FnMut(u64, u64)) -> Result<()> {
         self.check(blocks)?;
         let f = |word: u64, mask: u64| (word | mask) & !(mask << BLOCKS_PER_WORD);
-        let mut changed = false;
         let (mut at, end) = (blocks.start.0, blocks.end.0);
         // Most requests are a block or a few.
         if at / BLOCKS_PER_WORD == (end - 1) / BLOCKS_PER_WORD {
-            let leaf = self.tree.leaf(at)?;
-            leaf.update_word(at, end - at, f, |_, _| changed = true);
-            return Ok(changed);
+            let leaf = self.tree.leaf(at, Share::All)?;
+            leaf.update_word(at, end - at, f, seen);
+            return Ok(());
         }
         while at < end {
             let limit = end.min((at / BLOCKS_PER_LEAF + 1) * BLOCKS_PER_LEAF);
-            let leaf = self.tree.leaf(at)?;
-            leaf.update(at, limit, f, |_, _| changed = true);
+            let leaf = self.tree.leaf(at, Share::All)?;
+            leaf.update(at, limit, f, &mut seen);
             at = limit;
         }
-        Ok(changed)
+        Ok(())
     }
 
     /// Makes `blocks` *zero*, whatever they were: those of them that were *data* are still
@@ -200,7 +221,7 @@ impl BlockMap {
         let mut changed = false;
         let mut at = blocks.start.0;
         while at < blocks.end.0 {
-            let (marked, leaf, end) = self.tree.zero(at, blocks.end.0)?;
+            let (marked, leaf, end) = self.tree.zero(at, blocks.end.0, true, Share::All)?;
             changed |= marked;
             if let Some(leaf) = leaf {
                 leaf.update(at, end, &f, |_, _| changed = true);
@@ -208,6 +229,41 @@ impl BlockMap {
             at = end;
         }
         Ok(changed)
+    }
+
+    /// How much memory a leaf takes: the least that it takes to have a block stored.
+    pub const LEAF_LEN: u64 = size_of::<Leaf>() as u64;
+
+    /// Has the memory of all that is made from now on charged to `account`.
+    pub fn limit(&mut self, account: &Arc<Account>) {
+        self.tree.limit(account);
+    }
+
+    /// Makes all that is needed for `blocks` to become *data*. As long as their stripes are
+    /// held it stays.
+    pub fn grow_for_data(&self, blocks: &Range<BlockNum>, share: Share) -> Result<()> {
+        self.check(blocks)?;
+        let mut at = blocks.start.0;
+        while at < blocks.end.0 {
+            self.tree.leaf(at, share)?;
+            at = (at / BLOCKS_PER_LEAF + 1) * BLOCKS_PER_LEAF;
+        }
+        Ok(())
+    }
+
+    /// The same for `blocks` to become *zero*.
+    pub fn grow_for_zero(&self, blocks: &Range<BlockNum>, share: Share) -> Result<()> {
+        self.check(blocks)?;
+        let mut at = blocks.start.0;
+        while at < blocks.end.0 {
+            (_, _, at) = self.tree.zero(at, blocks.end.0, false, share)?;
+        }
+        Ok(())
+    }
+
+    /// How much memory `blocks` need to become *data*, at most.
+    pub fn memory_for(&self, blocks: &Range<BlockNum>) -> u64 {
+        self.tree.memory_for(&(blocks.start.0..blocks.end.0))
     }
 
     /// The end of the part of the disk that `block` is in and that has no leaf; or of its
@@ -276,6 +332,26 @@ impl BlockMap {
         Ok(stored)
     }
 
+    /// The first of `blocks` that is stored.
+    pub fn first_stored(&self, blocks: &Range<BlockNum>) -> Option<BlockNum> {
+        let mut at = blocks.start.0;
+        while at < blocks.end.0 {
+            let (stored, end) = self.tree.look(|tree| {
+                let (found, part_end) = tree.lookup(at);
+                let end = part_end.min(blocks.end.0);
+                match found {
+                    Found::Leaf(leaf) => (leaf.first_stored(at, end), end),
+                    Found::Untouched | Found::Zeroed => (None, end),
+                }
+            });
+            if stored.is_some() {
+                return stored.map(BlockNum);
+            }
+            at = end;
+        }
+        None
+    }
+
     /// The word that has the states of 32 blocks from `32 * index` on. Blocks that
     /// the disk does not have may be in any state.
     pub fn word(&self, index: u64) -> u64 {
@@ -300,9 +376,10 @@ impl BlockMap {
             let is_zeroed =
                 words.len() as u64 == WORDS_PER_LEAF && words.iter().all(|word| *word == ALL_ZERO);
             if is_zeroed {
-                self.tree.zero(first, first + BLOCKS_PER_LEAF)?;
+                self.tree
+                    .zero(first, first + BLOCKS_PER_LEAF, true, Share::All)?;
             } else {
-                self.tree.leaf(first)?.fill(words);
+                self.tree.leaf(first, Share::All)?.fill(words);
             }
         }
         Ok(())

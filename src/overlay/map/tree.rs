@@ -27,9 +27,11 @@ use std::alloc::{self, Layout};
 use std::array;
 use std::ops::Range;
 use std::ptr;
+use std::sync::Arc;
 
 use super::leaf::{BLOCKS_PER_LEAF, Leaf};
 use crate::error::{Error, Result};
+use crate::overlay::budget::{Account, Share};
 use crate::sync::{AtomicPtr, AtomicU64, Mutex, Ordering, fence, locked};
 
 const SLOTS_SHIFT: u32 = if cfg!(loom) { 1 } else { 9 };
@@ -67,6 +69,9 @@ pub struct Tree {
     unlinked: AtomicU64,
     nodes: Pool<Node>,
     leaves: Pool<Leaf>,
+    /// With a limit: held while a slot gets a node or a leaf. Who is refused the memory for one
+    /// must know that nobody else has just been given it. Who holds this may wait for room.
+    growing: Mutex<()>,
 }
 
 /// A place in the tree: a slot, how many levels of nodes are below it, and its first block.
@@ -125,7 +130,14 @@ impl Tree {
             unlinked: AtomicU64::new(0),
             nodes: Pool::new(),
             leaves: Pool::new(),
+            growing: Mutex::new(()),
         }
+    }
+
+    /// Has the memory of what is made from now on charged to `account`.
+    pub fn limit(&mut self, account: &Arc<Account>) {
+        self.nodes.account = Some(Arc::clone(account));
+        self.leaves.account = Some(Arc::clone(account));
     }
 
     pub fn is_untouched(&self) -> bool {
@@ -187,18 +199,18 @@ impl Tree {
 
     /// The leaf of `block`, made if there is none yet, with all nodes on the way there.
     #[inline]
-    pub fn leaf(&self, block: u64) -> Result<&Leaf> {
+    pub fn leaf(&self, block: u64, share: Share) -> Result<&Leaf> {
         match self.lookup(block).0 {
             Found::Leaf(leaf) => Ok(leaf),
-            _ => self.new_leaf(block),
+            _ => self.new_leaf(block, share),
         }
     }
 
     #[cold]
-    fn new_leaf(&self, block: u64) -> Result<&Leaf> {
+    fn new_leaf(&self, block: u64, share: Share) -> Result<&Leaf> {
         let mut place = self.root();
         loop {
-            let target = self.grown(place)?;
+            let target = self.grown(place, share)?;
             if place.level == 0 {
                 return Ok(place.leaf(target));
             }
@@ -211,7 +223,15 @@ impl Tree {
     /// that there is. Else there is a leaf, whose words are left to the caller.
     /// Returns whether a mark was set, the leaf, and the first block after what this was
     /// about.
-    pub fn zero(&self, at: u64, end: u64) -> Result<(bool, Option<&Leaf>, u64)> {
+    ///
+    /// Without `marks` nothing is marked: it is only made what has to be made.
+    pub fn zero(
+        &self,
+        at: u64,
+        end: u64,
+        marks: bool,
+        share: Share,
+    ) -> Result<(bool, Option<&Leaf>, u64)> {
         let mut place = self.root();
         loop {
             let target = place.slot.load(Ordering::Acquire);
@@ -223,9 +243,9 @@ impl Tree {
             if target.is_null() {
                 let is_whole = at == place.start && limit == place_end;
                 if !is_whole {
-                    self.grown(place)?;
-                } else if exchange(place.slot, target, ZEROED) {
-                    return Ok((true, None, limit));
+                    self.grown(place, share)?;
+                } else if !marks || exchange(place.slot, target, ZEROED) {
+                    return Ok((marks, None, limit));
                 }
                 // What is there now is looked at.
             } else if place.level == 0 {
@@ -238,18 +258,42 @@ impl Tree {
 
     /// What the slot points to; if that is nothing yet, a node or a leaf in which every
     /// block is what the slot says.
-    fn grown(&self, place: Place<'_>) -> Result<*mut u8> {
+    fn grown(&self, place: Place<'_>, share: Share) -> Result<*mut u8> {
+        let is_limited = self.leaves.account.is_some();
+        let _growing = is_limited.then(|| locked(&self.growing));
         loop {
             let target = place.slot.load(Ordering::Acquire);
             if is_pointer(target) {
                 return Ok(target);
             }
             if place.level == 0 {
-                self.leaves.link(place.slot, target)?;
+                self.leaves.link(place.slot, target, share)?;
             } else {
-                self.nodes.link(place.slot, target)?;
+                self.nodes.link(place.slot, target, share)?;
             }
         }
+    }
+
+    /// How much memory it takes, at most, that each block of `blocks` has a leaf.
+    pub fn memory_for(&self, blocks: &Range<u64>) -> u64 {
+        let mut memory = 0;
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let (has_leaf, part_end) = self.look(|tree| {
+                let (found, end) = tree.lookup(at);
+                (matches!(found, Found::Leaf(_)), end)
+            });
+            let end = part_end.min(blocks.end);
+            if !has_leaf {
+                let leaves = (end - 1) / BLOCKS_PER_LEAF - at / BLOCKS_PER_LEAF + 1;
+                memory += leaves * size_of::<Leaf>() as u64;
+                if part_end / BLOCKS_PER_LEAF - at / BLOCKS_PER_LEAF > 1 {
+                    memory += u64::from(self.levels) * size_of::<Node>() as u64;
+                }
+            }
+            at = end;
+        }
+        memory
     }
 
     /// If the lowest node or leaf that is in charge of `block` is all zeroes, and nothing
@@ -421,6 +465,7 @@ struct Pool<T: Part> {
     /// A chain of those that are not in use.
     unused: Mutex<Chain<T>>,
     made: AtomicU64,
+    account: Option<Arc<Account>>,
 }
 
 struct Chain<T>(*mut T);
@@ -433,6 +478,7 @@ impl<T: Part> Pool<T> {
         Pool {
             unused: Mutex::new(Chain(ptr::null_mut())),
             made: AtomicU64::new(0),
+            account: None,
         }
     }
 
@@ -442,20 +488,20 @@ impl<T: Part> Pool<T> {
 
     /// Puts one into `slot` in place of `old`, which is null or [`ZEROED`]; or somebody
     /// else was faster.
-    fn link(&self, slot: &Slot, old: *mut u8) -> Result<()> {
-        let new = self.take(old == ZEROED)?;
+    fn link(&self, slot: &Slot, old: *mut u8, share: Share) -> Result<()> {
+        let new = self.take(old == ZEROED, share)?;
         if !exchange(slot, old, new.cast()) {
             self.put(new);
         }
         Ok(())
     }
 
-    fn take(&self, is_zeroed: bool) -> Result<*mut T> {
+    fn take(&self, is_zeroed: bool, share: Share) -> Result<*mut T> {
         let mut unused = locked(&self.unused);
         let first = unused.0;
         if first.is_null() {
             drop(unused);
-            return self.make(is_zeroed);
+            return self.make(is_zeroed, share);
         }
         // SAFETY: what is in the chain was made by `make` and is not freed before the pool.
         let part = unsafe { &*first };
@@ -467,11 +513,18 @@ impl<T: Part> Pool<T> {
         Ok(first)
     }
 
-    fn make(&self, is_zeroed: bool) -> Result<*mut T> {
+    fn make(&self, is_zeroed: bool, share: Share) -> Result<*mut T> {
+        let len = size_of::<T>() as u64;
+        if let Some(account) = &self.account {
+            account.take(len, share)?;
+        }
         // Not `Box::new`, which ends the process where there is no memory.
         // SAFETY: neither a leaf nor a node has size zero.
         let new = unsafe { alloc::alloc(Layout::new::<T>()) }.cast::<T>();
         if new.is_null() {
+            if let Some(account) = &self.account {
+                account.give_back(len);
+            }
             return Err(Error::no_memory("no memory for the block map"));
         }
         // SAFETY: allocated with the layout of `T`, and nobody else has seen it.

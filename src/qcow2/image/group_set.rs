@@ -57,6 +57,14 @@ impl GroupSet {
         Ok(())
     }
 
+    /// How many groups are in the set.
+    pub fn len(&self) -> u64 {
+        let words = self.chunks.iter().filter_map(OnceLock::get).flatten();
+        words
+            .map(|word| u64::from(word.load(Ordering::Acquire).count_ones()))
+            .sum()
+    }
+
     /// The chunk that has `word`, made if nobody else was faster.
     #[cold]
     fn grow(&self, word: u64) -> Result<&Vec<AtomicU64>> {
@@ -88,6 +96,7 @@ mod tests {
         }
         let others = (0..words).filter(|word| !places.contains(word));
         assert!(others.into_iter().all(|word| set.word(word) == 0));
+        assert_eq!(set.len(), 2 * places.len() as u64);
     }
 
     #[test]

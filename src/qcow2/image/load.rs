@@ -9,6 +9,7 @@ use super::super::layout::{
     BLOCKS_PER_CLUSTER, ENTRY_LEN, Entry, GuestCluster, Layout, REFCOUNT_LEN, be_u64, has_data,
 };
 use super::group_set::GROUPS_PER_WORD;
+use super::space::GROUP_TABLES_LEN;
 use super::{CLUSTERS_PER_GROUP, ClusterSet, Image, Words};
 use crate::buffer::{buffer, is_zero, push};
 use crate::error::{Error, Result};
@@ -117,6 +118,9 @@ impl<F: ImageFile> Image<F> {
         // At once, from lists that are in order: one after the other takes ten times as long.
         writer.used = used.into_iter().flatten().collect();
         writer.leaks = leaks;
+        if let Some(account) = &self.account {
+            account.take_all_the_same(self.described.len() * GROUP_TABLES_LEN);
+        }
         Ok(())
     }
 

@@ -61,6 +61,7 @@ mod space;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use bitvec::array::BitArray;
 use bitvec::order::Lsb0;
@@ -69,6 +70,7 @@ use super::file::ImageFile;
 use super::header::Header;
 use super::layout::Layout;
 use crate::error::Result;
+use crate::overlay::Account;
 use crate::overlay_file::OverlayFile;
 use crate::sync::{Condvar, Mutex, locked};
 use group_set::GroupSet;
@@ -104,6 +106,8 @@ pub struct Image<F> {
     export: Mutex<Export>,
     commits: Mutex<GroupCommit>,
     commit_ended: Condvar,
+    /// With a limit: what the tables are charged to.
+    account: Option<Arc<Account>>,
 }
 
 /// The hash of the name of the export that the image keeps; 0: not known.
@@ -232,6 +236,7 @@ impl<F: ImageFile> Image<F> {
             }),
             commits: Mutex::default(),
             commit_ended: Condvar::new(),
+            account: None,
         }
     }
 
