@@ -5,6 +5,7 @@ mod disk;
 mod extents;
 mod faults;
 mod kept;
+mod limit;
 mod model;
 mod order;
 mod races;

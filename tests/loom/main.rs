@@ -16,6 +16,7 @@
 
 mod image_file;
 mod kept;
+mod limit;
 mod map;
 mod order;
 mod reclaim;

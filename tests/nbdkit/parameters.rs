@@ -27,6 +27,35 @@ fn a_block_size_out_of_range_or_no_power_of_two_is_refused() {
 }
 
 #[test]
+fn a_limit_that_is_no_size_or_too_small_for_anything_is_refused() {
+    for value in ["0", "-1", "", "10%", "0G", "1GB"] {
+        assert_refused("cow-limit", value, &["size in bytes", "more than 0"]);
+    }
+    for (limit, block) in [("4096", "4096"), ("64K", "65536")] {
+        let parameters = [
+            format!("cow-limit={limit}"),
+            format!("cow-block-size={block}"),
+        ];
+        let plugin = ["null", "size=1M", &parameters[0], &parameters[1]];
+        let error = Setup::new().error(&plugin);
+        for word in ["cow-limit=", "is too small", block] {
+            assert!(error.contains(word), "{word} in {error}");
+        }
+        let base = Base::new(&noise(1, 10_000));
+        let overlay = format!("cow-overlay={}/diff", base.directory().display());
+        let plugin = [
+            "file",
+            base.path(),
+            &overlay,
+            &parameters[0],
+            &parameters[1],
+        ];
+        let error = Setup::new().error(&plugin);
+        assert!(error.contains("is too small"), "{error}");
+    }
+}
+
+#[test]
 fn a_relative_path_for_cow_on_read_is_refused() {
     for value in ["relative/path", "maybe", "./here", ""] {
         assert_refused("cow-on-read", value, &["true", "false", "absolute path"]);

@@ -1,0 +1,548 @@
+//! The limit to what overlays take: it is kept to the byte, and nobody is refused while
+//! there is room.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+
+use nbdkit_cow_filter::error::Result;
+use nbdkit_cow_filter::kept;
+use nbdkit_cow_filter::overlay::{
+    Account, BlockMap, Budget, Overlay, Reclaim, State, Store, Zeroing,
+};
+use nbdkit_cow_filter::qcow2::image::Image;
+
+use crate::disk::{TestBase, TestStore, block_size, read_all, tempt, with_thread};
+use crate::kept::disk::{Kept, new_image};
+use crate::kept::recorder::Recorder;
+
+type Disk = Overlay<TestStore>;
+
+const BLOCK: u64 = 4096;
+const LEAF: u64 = BlockMap::LEAF_LEN;
+const AREA: u64 = 1 << 20;
+/// One leaf of the block map, and no node.
+const SIZE: u64 = 8 * AREA;
+const THREADS: u64 = 16;
+
+const KEEP: Zeroing = Zeroing::Zero {
+    may_trim: false,
+    fast: false,
+};
+
+fn disk_on(
+    budget: &Arc<Budget>,
+    reclaim: &Arc<Reclaim>,
+    size: u64,
+    store: TestStore,
+) -> (TestBase, Arc<Disk>) {
+    let disk = Overlay::new(size, block_size(BLOCK), store);
+    let disk = disk.limited(Some(Account::new(budget))).join(reclaim);
+    (TestBase::new(size), disk)
+}
+
+/// A disk that may have `blocks` blocks of data, with the leaf that they need.
+fn disk_for(blocks: u64) -> (TestBase, Arc<Disk>, Arc<Budget>) {
+    let budget = Arc::new(Budget::new(LEAF + blocks * BLOCK));
+    let (base, disk) = disk_on(&budget, &Arc::default(), SIZE, TestStore::default());
+    (base, disk, budget)
+}
+
+fn write<S: Store>(base: &TestBase, disk: &Overlay<S>, block: u64, count: u64) -> Result<()> {
+    let bytes = vec![block as u8 | 1; (count * BLOCK) as usize];
+    disk.write(base, &bytes, block * BLOCK)
+}
+
+fn trim<S: Store>(base: &TestBase, disk: &Overlay<S>, block: u64, count: u64) -> Result<()> {
+    disk.zero(base, block * BLOCK, count * BLOCK, Zeroing::Trim)
+}
+
+fn state<S: Store>(disk: &Overlay<S>, block: u64) -> State {
+    disk.state_at(block * BLOCK).expect("in range")
+}
+
+#[track_caller]
+fn assert_refused(done: Result<()>) {
+    let error = done.expect_err("there is no room");
+    assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+    assert!(error.is_over_limit(), "{error}");
+    assert!(error.to_string().contains("cow-limit="), "{error}");
+}
+
+/// Runs `request` on each thread with its number.
+fn on_threads(request: impl Fn(u64) + Sync) {
+    thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let request = &request;
+            scope.spawn(move || request(thread));
+        }
+    });
+}
+
+#[test]
+fn blocks_are_stored_up_to_the_limit_and_no_byte_beyond_it() {
+    for (more, fit) in [(0, 3), (BLOCK - 1, 3), (BLOCK, 4)] {
+        let budget = Arc::new(Budget::new(LEAF + 3 * BLOCK + more));
+        // The last block is as long as the others to the limit.
+        let size = 4 * BLOCK + 100;
+        let (base, disk) = disk_on(&budget, &Arc::default(), size, TestStore::default());
+        let mut stored = 0;
+        for block in (0..5).rev() {
+            let len = (size - block * BLOCK).min(BLOCK);
+            let done = disk.write(&base, &vec![7; len as usize], block * BLOCK);
+            if stored < fit {
+                done.expect("there is room");
+                stored += 1;
+            } else {
+                assert_refused(done);
+                assert_eq!(state(&disk, block), State::Base);
+            }
+            assert_eq!(budget.used(), LEAF + stored * BLOCK);
+        }
+        // In place, and partly.
+        disk.write(&base, b"more", 3 * BLOCK + 17)
+            .expect("it takes nothing");
+        assert_refused(disk.write(&base, b"more", 17));
+        assert_eq!(budget.used(), LEAF + fit * BLOCK);
+        assert_eq!(read_all(&base, &disk)[..17], base_bytes(&base, 0, 17));
+    }
+}
+
+fn base_bytes(base: &TestBase, start: u64, len: u64) -> Vec<u8> {
+    (start..start + len).map(|at| base.byte(at)).collect()
+}
+
+#[test]
+fn a_request_that_does_not_fit_changes_nothing() {
+    let (base, disk, budget) = disk_for(3);
+    assert_refused(write(&base, &disk, 1, 4));
+    assert_refused(disk.zero(&base, 0, 4 * BLOCK, KEEP));
+    assert_eq!(disk.store().changes(), 0);
+    assert!((0..5).all(|block| state(&disk, block) == State::Base));
+    write(&base, &disk, 1, 3).expect("there is room");
+    // Of these only the last is new.
+    assert_refused(write(&base, &disk, 1, 4));
+    disk.zero(&base, BLOCK, 3 * BLOCK, KEEP)
+        .expect("it has its space");
+    assert_eq!(budget.used(), budget.limit());
+}
+
+#[test]
+fn zeroes_that_are_written_and_zeroes_that_need_no_space_take_none() {
+    let (base, disk, budget) = disk_for(1);
+    disk.write(&base, &vec![0; 9 * BLOCK as usize], 0)
+        .expect("zeroes are not stored");
+    trim(&base, &disk, 20, 9).expect("nor here");
+    assert_eq!(budget.used(), LEAF);
+    disk.zero(&base, 0, BLOCK, KEEP).expect("there is room");
+    assert_refused(disk.zero(&base, BLOCK, BLOCK, KEEP));
+}
+
+#[test]
+fn many_threads_fill_it_exactly() {
+    for round in 0..20 {
+        let (base, disk, budget) = disk_for(100);
+        let stored = AtomicU64::new(0);
+        on_threads(|thread| {
+            for i in 0..16 {
+                // One block, or two of which both fit or none.
+                let count = 1 + (thread + i + round) % 2;
+                match write(&base, &disk, thread * 64 + 2 * i, count) {
+                    Ok(()) => stored.fetch_add(count, Ordering::Relaxed),
+                    refused => {
+                        assert_refused(refused);
+                        0
+                    }
+                };
+                assert!(budget.used() <= budget.limit(), "{}", budget.used());
+            }
+        });
+        // Single ones were refused only when all was taken.
+        assert_eq!(stored.load(Ordering::Relaxed), 100);
+        assert_eq!(disk.store().stored().len() as u64, 100 * BLOCK / 512);
+        assert_eq!(budget.used(), budget.limit());
+    }
+}
+
+#[test]
+fn who_writes_what_another_has_written_needs_no_room() {
+    for _ in 0..50 {
+        let (base, disk, budget) = disk_for(16);
+        on_threads(|thread| {
+            for i in 0..16 {
+                write(&base, &disk, (thread + i) % 16, 1).expect("there is room");
+            }
+        });
+        assert_eq!(budget.used(), budget.limit());
+    }
+}
+
+#[test]
+fn of_two_who_write_the_last_block_at_once_none_is_refused() {
+    let (base, disk, budget) = disk_for(1);
+    disk.store().write_gate.close();
+    thread::scope(|scope| {
+        let first = scope.spawn(|| write(&base, &disk, 5, 1));
+        disk.store().write_gate.wait_for(1);
+        let second = tempt(scope, || write(&base, &disk, 5, 1));
+        // What is in flight may fail: it waits, and writes nothing yet.
+        disk.store().write_gate.assert_waiting(1);
+        assert_eq!(budget.used(), budget.limit());
+        disk.store().write_gate.open();
+        first.join().expect("no panic").expect("there is room");
+        second.join().expect("no panic").expect("there is room");
+    });
+    assert_eq!(budget.used(), budget.limit());
+}
+
+/// It may turn out that there was room, and it must not be refused before.
+#[test]
+fn who_finds_the_last_block_in_flight_waits_and_is_refused_or_not() {
+    for fails in [false, true] {
+        let (base, disk, budget) = disk_for(1);
+        disk.store().write_gate.close();
+        if fails {
+            disk.store().fail_next(libc::EIO);
+        }
+        thread::scope(|scope| {
+            let first = scope.spawn(|| write(&base, &disk, 5, 1));
+            disk.store().write_gate.wait_for(1);
+            let second = tempt(scope, || write(&base, &disk, 900, 1));
+            assert!(!second.is_finished());
+            disk.store().write_gate.open();
+            let first = first.join().expect("no panic");
+            let second = second.join().expect("no panic");
+            if fails {
+                assert_eq!(first.expect_err("a fault").errno(), libc::EIO);
+                // What the first has left was punched out for it.
+                second.expect("there is room");
+                assert_eq!(disk.store().stored(), pages(900));
+            } else {
+                first.expect("there is room");
+                assert_refused(second);
+            }
+        });
+        assert_eq!(budget.used(), budget.limit());
+    }
+}
+
+/// The pages of a block in the store.
+fn pages(block: u64) -> Vec<u64> {
+    (block * BLOCK..(block + 1) * BLOCK).step_by(512).collect()
+}
+
+#[test]
+fn what_a_failed_write_leaves_counts_until_it_is_punched_out() {
+    let how: [fn(&TestBase, &Disk) -> Result<()>; 3] = [
+        |base, disk| write(base, disk, 3, 2),
+        |base, disk| disk.zero(base, 3 * BLOCK, 2 * BLOCK, KEEP),
+        |base, disk| disk.write(base, b"a part", 3 * BLOCK + 5),
+    ];
+    for request in how {
+        for can_punch in [true, false] {
+            let budget = Arc::new(Budget::new(LEAF + 2 * BLOCK));
+            let store = TestStore::with(can_punch, true);
+            let (base, disk) = disk_on(&budget, &Arc::default(), SIZE, store);
+            disk.store().fail_next(libc::EIO);
+            let failed = request(&base, &disk).expect_err("a fault");
+            assert_eq!(failed.errno(), libc::EIO);
+            let left = budget.used() - LEAF;
+            if can_punch {
+                assert_eq!(left, 0);
+                write(&base, &disk, 100, 2).expect("there is room");
+                continue;
+            }
+            assert!(left == BLOCK || left == 2 * BLOCK, "{left}");
+            assert!(disk.store().stored().len() as u64 * 512 <= left);
+            // It is charged already.
+            write(&base, &disk, 3, 2).expect("there is room");
+            assert_eq!(budget.used(), budget.limit());
+            assert_refused(write(&base, &disk, 100, 1));
+        }
+    }
+}
+
+#[test]
+fn what_waits_to_be_punched_out_is_room() {
+    let reclaim = Arc::new(Reclaim::default());
+    let budget = Arc::new(Budget::new(LEAF + 2 * BLOCK));
+    let (base, disk) = disk_on(&budget, &reclaim, SIZE, TestStore::default());
+    with_thread(&reclaim, || {
+        write(&base, &disk, 0, 2).expect("there is room");
+        disk.store().punch_gate.close();
+        trim(&base, &disk, 0, 1).expect("a good trim");
+        disk.store().punch_gate.wait_for(1);
+        // It is stored still, and counts.
+        assert_eq!(budget.used(), budget.limit());
+        thread::scope(|scope| {
+            let other = tempt(scope, || write(&base, &disk, 2 * AREA / BLOCK, 1));
+            assert!(!other.is_finished(), "it was refused");
+            disk.store().punch_gate.open();
+            other.join().expect("no panic").expect("there is room");
+        });
+    });
+    assert_eq!(budget.used(), budget.limit());
+    assert_eq!(state(&disk, 0), State::Zero);
+}
+
+/// Each has a block at a time, and there is room for all of them.
+#[test]
+fn nobody_who_trims_before_he_writes_is_ever_refused() {
+    let reclaim = Arc::new(Reclaim::default());
+    let budget = Arc::new(Budget::new(2 * LEAF + THREADS * BLOCK));
+    let disks = [(); 2].map(|()| disk_on(&budget, &reclaim, SIZE, TestStore::default()));
+    with_thread(&reclaim, || {
+        on_threads(|thread| {
+            let (base, disk) = &disks[thread as usize % 2];
+            for i in 0..100 {
+                // In the same area, and in the same block of the map.
+                let block = thread + THREADS * (i % 7);
+                write(base, disk, block, 1).expect("there is room");
+                assert!(budget.used() <= budget.limit(), "{}", budget.used());
+                trim(base, disk, block, 1).expect("a good trim");
+            }
+        });
+    });
+    for (_, disk) in &disks {
+        disk.give_back();
+    }
+    assert_eq!(budget.used(), 2 * LEAF);
+}
+
+/// What is counted and what is in the store, after all kinds of requests of all threads
+/// to the same blocks, of which some fail.
+#[test]
+fn what_is_counted_is_what_is_stored() {
+    let reclaim = Arc::new(Reclaim::default());
+    let budget = Arc::new(Budget::new(LEAF + 40 * BLOCK));
+    let (base, disk) = disk_on(&budget, &reclaim, SIZE, TestStore::default());
+    let refused = AtomicUsize::new(0);
+    with_thread(&reclaim, || {
+        on_threads(|thread| {
+            let mut random = thread * 2 + 1;
+            for _ in 0..300 {
+                random = random.wrapping_mul(6364136223846793005).wrapping_add(99);
+                let (block, count) = ((random >> 33) % 64, (random >> 50) % 3 + 1);
+                let at = block * BLOCK;
+                let done = match (random >> 57) % 8 {
+                    0 => trim(&base, &disk, block, count),
+                    1 => disk.zero(&base, at, count * BLOCK, KEEP),
+                    2 => disk.write(&base, b"a part", at + BLOCK - 3),
+                    3 => disk.write(&base, &[0; BLOCK as usize], at),
+                    4 => disk.read(&base, &mut [0; BLOCK as usize], at, true),
+                    5 if random % 5 == 0 => {
+                        disk.store().fail_next(libc::EIO);
+                        Ok(())
+                    }
+                    _ => write(&base, &disk, block, count),
+                };
+                match done {
+                    Err(e) if e.is_over_limit() => refused.fetch_add(1, Ordering::Relaxed),
+                    _ => 0,
+                };
+                assert!(budget.used() <= budget.limit(), "{}", budget.used());
+            }
+        });
+    });
+    assert_ne!(refused.load(Ordering::Relaxed), 0, "the limit was met");
+    // A hole can have failed as well; the next one is good.
+    trim(&base, &disk, 0, 70).expect("a good trim");
+    write(&base, &disk, 0, 8).expect("there is room");
+    disk.give_back();
+    let stored = disk.store().stored().len() as u64 * 512;
+    let counted = budget.used() - LEAF;
+    assert!(stored <= counted, "{stored} stored, {counted} counted");
+    let data = (0..64).filter(|block| state(&disk, *block) == State::Data);
+    assert_eq!(data.count() as u64 * BLOCK, 8 * BLOCK);
+}
+
+#[test]
+fn copies_take_no_more_than_half() {
+    let copies: [fn(&TestBase, &Disk, u64); 2] = [
+        |base, disk, block| {
+            let mut bytes = [0; BLOCK as usize];
+            disk.read(base, &mut bytes, block * BLOCK, true)
+                .expect("a good read");
+            assert_eq!(bytes[..], base_bytes(base, block * BLOCK, BLOCK));
+        },
+        |base, disk, block| {
+            disk.cache(base, block * BLOCK, BLOCK, true)
+                .expect("a good cache");
+        },
+    ];
+    for copy in copies {
+        let budget = Arc::new(Budget::new(2 * (LEAF + 4 * BLOCK)));
+        let (base, disk) = disk_on(&budget, &Arc::default(), SIZE, TestStore::default());
+        on_threads(|thread| {
+            copy(&base, &disk, 2 * thread);
+            copy(&base, &disk, 2 * thread + 1);
+        });
+        assert_eq!(budget.used(), budget.limit() / 2);
+        let copied = (0..32).filter(|block| state(&disk, *block) == State::Data);
+        assert_eq!(copied.count(), 4);
+        // The base is asked for no more than the client has asked for.
+        base.reads.lock().expect("no panic").clear();
+        let mut part = [0; 10];
+        disk.read(&base, &mut part, 50 * BLOCK + 5, true)
+            .expect("a good read");
+        assert_eq!(base.read_calls(), [(50 * BLOCK + 5, 50 * BLOCK + 15)]);
+        // The rest is there for what is asked for.
+        let room = budget.limit() - budget.used();
+        write(&base, &disk, 100, room / BLOCK).expect("there is room");
+        assert_refused(write(&base, &disk, 200, 1));
+    }
+}
+
+#[test]
+fn what_an_overlay_has_taken_is_given_back_when_it_is_dropped() {
+    let budget = Arc::new(Budget::new(2 * LEAF + 4 * BLOCK));
+    let disk = || disk_on(&budget, &Arc::default(), SIZE, TestStore::default());
+    let (base, one) = disk();
+    let (_, other) = disk();
+    write(&base, &one, 0, 3).expect("there is room");
+    write(&base, &other, 0, 1).expect("there is room");
+    assert_refused(write(&base, &other, 1, 1));
+    trim(&base, &one, 0, 1).expect("a good trim");
+    drop(one);
+    assert_eq!(budget.used(), LEAF + BLOCK);
+    write(&base, &other, 1, 3).expect("there is room");
+    drop(other);
+    assert_eq!(budget.used(), 0);
+}
+
+/// On a disk so large that trims alone could take all memory.
+#[test]
+fn a_trim_that_has_no_memory_does_what_needs_none_and_is_refused() {
+    const PART: u64 = 2048;
+    let large = 1 << 40;
+    let budget = Arc::new(Budget::new(100_000));
+    // Of one that can punch holes the first part of a trim makes room for the rest.
+    let store = TestStore::with(false, true);
+    let (base, disk) = disk_on(&budget, &Arc::default(), large, store);
+    write(&base, &disk, 10, 3).expect("there is room");
+    let mut refused = 0;
+    for part in 2..1000 {
+        match trim(&base, &disk, 2 * part * PART + 1, 1) {
+            Ok(()) => assert_eq!(refused, 0, "and then nothing fits"),
+            done => {
+                assert_refused(done);
+                refused += 1;
+            }
+        }
+        assert!(budget.used() <= budget.limit(), "{}", budget.used());
+    }
+    assert!(refused > 800, "{refused}");
+    let memory = budget.used();
+    // From data, over whole parts, into a part that needs a leaf.
+    let last = 3 * PART;
+    assert_refused(trim(&base, &disk, 11, last + 1 - 11));
+    for (block, expected) in [
+        (10, State::Data),
+        (11, State::Zero),
+        (12, State::Zero),
+        (PART, State::Zero),
+        (2 * PART + 7, State::Zero),
+        (last, State::Base),
+        (last + 1, State::Base),
+    ] {
+        assert_eq!(state(&disk, block), expected, "block {block}");
+    }
+    assert_eq!(budget.used(), memory);
+    // Who is told by an error that a trim failed can do something about it. Zeroes that
+    // must be zeroes are refused in the same way.
+    let zeroes = Zeroing::Zero {
+        may_trim: true,
+        fast: false,
+    };
+    assert_refused(disk.zero(&base, (last + 1) * BLOCK, BLOCK, zeroes));
+}
+
+/// Of a group of 64 clusters of 32 blocks: 16 bytes and 2 bytes for each.
+const TABLES: u64 = 64 * 18;
+
+fn kept_on(budget: &Arc<Budget>, recorder: &Recorder) -> Kept {
+    let account = Account::new(budget);
+    let (image, _) = Image::open(recorder.clone(), Path::new("kept")).expect("an image");
+    kept::resume(image.limited(Some(&account)), true).expect("sound")
+}
+
+#[test]
+fn the_tables_of_an_image_count() {
+    let recorder = Recorder::holding(new_image(2 * SIZE, BLOCK));
+    let base = TestBase::new(2 * SIZE);
+    let per_part = LEAF + TABLES;
+    // Two leaves need a node above them.
+    let budget = Arc::new(Budget::new(u64::MAX));
+    let disk = kept_on(&budget, &recorder);
+    on_threads(|thread| {
+        write(&base, &disk, thread, 1).expect("there is room");
+        write(&base, &disk, SIZE / BLOCK + thread, 1).expect("there is room");
+    });
+    let used = budget.used();
+    drop(disk);
+    assert_eq!(budget.used(), 0);
+    let node = used - 2 * per_part - 2 * THREADS * BLOCK;
+    assert!((4096..5000).contains(&node), "{used}");
+
+    let recorder = Recorder::holding(new_image(2 * SIZE, BLOCK));
+    let budget = Arc::new(Budget::new(node + per_part + BLOCK + LEAF + TABLES - 1));
+    let disk = kept_on(&budget, &recorder);
+    write(&base, &disk, 0, 1).expect("there is room");
+    assert_refused(trim(&base, &disk, SIZE / BLOCK + 9, 1));
+    assert_eq!(state(&disk, SIZE / BLOCK + 9), State::Base);
+    disk.flush().expect("a good flush");
+}
+
+#[test]
+fn an_image_that_is_over_the_limit_is_served_and_grows_no_further() {
+    let recorder = Recorder::holding(new_image(2 * SIZE, BLOCK));
+    let base = TestBase::new(2 * SIZE);
+    let budget = Arc::new(Budget::new(u64::MAX));
+    let disk = kept_on(&budget, &recorder);
+    for block in [0, 3, 4, 5, SIZE / BLOCK + 100] {
+        write(&base, &disk, block, 1).expect("there is room");
+    }
+    trim(&base, &disk, 7, 2).expect("a good trim");
+    disk.flush().expect("a good flush");
+    let before = read_all(&base, &disk);
+    let used = budget.used();
+    drop(disk);
+
+    let budget = Arc::new(Budget::new(used - BLOCK));
+    let disk = kept_on(&budget, &recorder);
+    assert_eq!(budget.used(), used, "all of it is counted");
+    assert!(read_all(&base, &disk) == before);
+    assert_refused(write(&base, &disk, 1, 1));
+    assert_refused(write(&base, &disk, 8, 1));
+    write(&base, &disk, 3, 3).expect("it takes nothing");
+    disk.write(&base, b"in place", 5).expect("it takes nothing");
+    let mut bytes = [0; BLOCK as usize];
+    disk.read(&base, &mut bytes, 2 * BLOCK, true)
+        .expect("a good read");
+    assert_eq!(state(&disk, 2), State::Base, "nothing is copied");
+    disk.flush().expect("a good flush");
+    trim(&base, &disk, 0, 1).expect("it needs nothing");
+    disk.give_back();
+    assert_eq!(budget.used(), budget.limit());
+    assert_refused(write(&base, &disk, 1, 1));
+    trim(&base, &disk, 3, 1).expect("it needs nothing");
+    write(&base, &disk, 1, 1).expect("there is room");
+    disk.flush().expect("a good flush");
+    assert_eq!(budget.used(), budget.limit());
+}
+
+/// Where the file system says of zeroes that keep their space that they are a hole.
+#[test]
+fn zeroes_of_a_resumed_image_that_look_like_a_hole_are_given_back() {
+    let recorder = Recorder::holding(new_image(SIZE, BLOCK));
+    let base = TestBase::new(SIZE);
+    let budget = Arc::new(Budget::new(u64::MAX));
+    let disk = kept_on(&budget, &recorder);
+    disk.zero(&base, 20 * BLOCK, 4 * BLOCK, KEEP)
+        .expect("a good zero");
+    let used = budget.used();
+    trim(&base, &disk, 0, 100).expect("a good trim");
+    disk.give_back();
+    assert_eq!(budget.used(), used - 4 * BLOCK);
+}
