@@ -59,6 +59,13 @@ impl Case {
         self.call.is_own && is_hidden
     }
 
+    /// What nobody may keep to himself: that a sync has failed.
+    fn must_be_told(&self) -> bool {
+        let name = self.call.name.as_str();
+        let is_sync = matches!(name, "fdatasync" | "fsync" | "pwritev2");
+        self.call.is_own && is_sync && !self.is_hidden()
+    }
+
     fn expected(&self) -> Expected {
         if self.is_hidden() {
             return Expected::nothing();
@@ -114,7 +121,9 @@ impl Ground {
         strace.extend(options);
         let under: &[&str] = if place == Place::Main { &strace } else { &[] };
         let expected = case.expected();
+        let mut is_told = false;
         let server = self.serve(kind, &files, under).unwrap_or_else(|refusal| {
+            is_told = true;
             let Refusal { status, stderr } = refusal;
             assert!(!case.is_hidden(), "nbdkit ended: {status}\n{stderr}");
             assert_eq!(status.code(), Some(1), "{status}\n{stderr}");
@@ -141,11 +150,15 @@ impl Ground {
         let said = server.stop_and_tell();
         wait_for_strace(&mut attached, &log);
         assert_calm(&said);
+        let is_error = |line: &str| line.contains("error: ") && !line.contains("warning: ");
+        is_told |= said.lines().any(is_error);
+        let is_reached = has_written(&log, "INJECTED");
+        assert!(is_told || !is_reached || !case.must_be_told(), "{said}");
         files.assert_nothing_left();
         if kind != Kind::Temporary {
             self.assert_image(case, &files, model, &said);
         }
-        has_written(&log, "INJECTED")
+        is_reached
     }
 
     /// Runs the script with a library before the C library that has reads and writes do a
