@@ -4,6 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
+use crate::harness::command::{LIMIT, eventually};
 use crate::harness::mount::Mount;
 use crate::harness::{Base, Server, Setup, noise, scratch};
 
@@ -136,6 +137,9 @@ fn each_disconnect_tells_what_was_counted() {
     for _ in 0..2 {
         server.nbdsh("h.pwrite(b'x' * 512, 54_321); h.pread(4096, 0)");
     }
+    // nbdkit does not wait for ever for the end of a connection.
+    let has_told = || server.stderr().matches("underlying file size").count() == 4;
+    assert!(eventually(LIMIT, has_told), "{}", server.stderr());
     let said = server.stop_and_tell();
     let told: Vec<_> = said
         .lines()
