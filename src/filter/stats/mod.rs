@@ -128,10 +128,10 @@ impl Stats {
     /// Waits for so long, or if `may_wake` until a document is wanted. False: the thread is
     /// to end.
     fn wait(&self, at_most: Duration, may_wake: bool) -> bool {
-        let goes_on = |thread: &mut Thread| !thread.is_stopped && !(may_wake && thread.is_wanted);
+        let waits = |thread: &mut Thread| !(thread.is_stopped || may_wake && thread.is_wanted);
         let (mut thread, _) = self
             .woken
-            .wait_timeout_while(self.thread(), at_most, goes_on)
+            .wait_timeout_while(self.thread(), at_most, waits)
             .unwrap_or_else(PoisonError::into_inner);
         if may_wake {
             thread.is_wanted = false;
