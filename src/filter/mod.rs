@@ -58,12 +58,12 @@ impl Filter {
                 "cow-stats and cow-overlay must be two files",
             ));
         }
+        let budget = config.limit.map(|limit| Arc::new(Budget::new(limit)));
         let stats = match &config.stats {
-            Some(path) => Some(Stats::new(path, config.scope)?),
+            Some(path) => Some(Stats::new(path, config.scope, budget.clone())?),
             None => None,
         };
         let reclaim = Arc::default();
-        let budget = config.limit.map(|limit| Arc::new(Budget::new(limit)));
         Ok(Filter {
             exports: Exports::new(&config, &reclaim, budget)?,
             reclaim,

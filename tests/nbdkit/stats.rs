@@ -22,7 +22,11 @@ fn await_document(path: &Path, is_right: impl Fn(&Value) -> bool) -> Value {
     let mut document = Value::Null;
     let in_time = eventually(LIMIT, || {
         // There is none before nbdkit has started.
-        document = path.exists().then(|| read(path)).unwrap_or_default();
+        document = if path.exists() {
+            read(path)
+        } else {
+            Value::Null
+        };
         is_right(&document)
     });
     assert!(in_time, "the document stays as {document:#}");
@@ -113,6 +117,7 @@ fn each_figure_is_that_of_the_requests() {
     assert_eq!(comparable(&document["total"]), nothing());
     assert_eq!(document["pid"], server.pid());
     assert_eq!(document["scope"], "export");
+    assert_eq!(document["limit"], Value::Null);
 
     server.python(
         r#"
@@ -561,4 +566,22 @@ fn without_a_thread_each_disconnect_writes_it() {
     let document = read(&path);
     assert_eq!(document["running"], false);
     assert_eq!(document["total"]["connections"], connections(0, 3));
+}
+
+#[test]
+fn a_limit_is_told_with_what_counts_for_it() {
+    let (_directory, path, parameter) = place();
+    let server = Server::start(&[
+        "memory",
+        "1M",
+        "cow-limit=64K",
+        "cow-block-size=4096",
+        &parameter,
+    ]);
+    server.python("connect().pwrite(b'1' * 8192, 0)");
+    let document = await_disconnect(&path, 1);
+    assert_eq!(document["limit"]["bytes"], 64 << 10);
+    let map_bytes = document["total"]["overlay"]["map_bytes"].as_u64();
+    let used_bytes = map_bytes.map(|map| map + 8192);
+    assert_eq!(document["limit"]["used_bytes"].as_u64(), used_bytes);
 }

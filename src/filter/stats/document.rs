@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::counters::{Counter, Counts, Operation};
 use crate::filter::config::ScopeKind;
 use crate::filter::exports::Exports;
-use crate::overlay::{Overlay, Store};
+use crate::overlay::{Budget, Overlay, Store};
 
 /// What each document begins with: its keys are in alphabetical order.
 pub const START: &[u8] = b"{\n  \"cow\": {";
@@ -159,7 +159,13 @@ fn key(operation: Operation) -> String {
 }
 
 /// The document of a filter that runs since `start_time`, as of [`now`].
-pub fn document(exports: &Exports, scope: ScopeKind, start_time: u64, is_running: bool) -> String {
+pub fn document(
+    exports: &Exports,
+    scope: ScopeKind,
+    budget: Option<&Budget>,
+    start_time: u64,
+    is_running: bool,
+) -> String {
     let of_exports = exports.figures();
     let taken = exports.taken(&of_exports);
     // No less than those of the exports.
@@ -170,6 +176,9 @@ pub fn document(exports: &Exports, scope: ScopeKind, start_time: u64, is_running
             "version": env!("CARGO_PKG_VERSION"),
         },
         "exports": of_exports.iter().map(Figures::json).collect::<Vec<_>>(),
+        "limit": budget.map(|budget| {
+            json!({"bytes": budget.limit(), "used_bytes": budget.used()})
+        }),
         "pid": process::id(),
         "running": is_running,
         "scope": scope.name(),

@@ -20,13 +20,14 @@ mod document;
 mod place;
 
 use std::path::Path;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::config::ScopeKind;
 use super::exports::Exports;
 use crate::error::Result;
+use crate::overlay::Budget;
 pub use document::{Figures, Taken, Total};
 use document::{document, now};
 use place::Place;
@@ -44,6 +45,7 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 pub struct Stats {
     place: Place,
     scope: ScopeKind,
+    budget: Option<Arc<Budget>>,
     start_time: u64,
     written: Mutex<Written>,
     thread: Mutex<Thread>,
@@ -67,10 +69,11 @@ struct Thread {
 
 impl Stats {
     /// Fails if there can be no such file.
-    pub fn new(path: &Path, scope: ScopeKind) -> Result<Self> {
+    pub fn new(path: &Path, scope: ScopeKind, budget: Option<Arc<Budget>>) -> Result<Self> {
         Ok(Stats {
             place: Place::new(path)?,
             scope,
+            budget,
             start_time: now(),
             written: Mutex::default(),
             thread: Mutex::default(),
@@ -151,7 +154,8 @@ impl Stats {
         if written.from == from {
             return;
         }
-        let document = document(exports, self.scope, self.start_time, is_running);
+        let budget = self.budget.as_deref();
+        let document = document(exports, self.scope, budget, self.start_time, is_running);
         match self.place.replace(&document) {
             Ok(()) => written.from = from,
             Err(e) => {

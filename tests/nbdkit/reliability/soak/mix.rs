@@ -93,6 +93,8 @@ pub struct Mix {
     pub serialize: bool,
     /// The size of the file system that the overlay is on, where it is a small one.
     pub room: Option<u64>,
+    /// `cow-limit`, in bytes.
+    pub limit: Option<u64>,
     /// How often a connection is torn: once in so many requests.
     pub tears: u64,
 }
@@ -138,6 +140,8 @@ impl Mix {
             on_cache: r.once_in(2),
             serialize: r.once_in(10),
             room: is_full.then(|| (size / r.of(&[2, 3, 4])).max(5 * MIB)),
+            limit: (!is_full && r.once_in(3))
+                .then(|| (size / r.of(&[2, 3, 4])).clamp(5 * MIB, 32 * MIB)),
             tears: r.of(&[100, 1000]),
         }
     }
@@ -147,7 +151,7 @@ impl Mix {
     }
 
     pub fn may_be_full(&self) -> bool {
-        self.room.is_some()
+        self.room.is_some() || self.limit.is_some()
     }
 
     /// The parameters of nbdkit that do not depend on where things lie.
@@ -160,14 +164,18 @@ impl Mix {
         if let Some(time) = self.base_takes {
             words.push(format!("rdelay={}ms", time.as_millis()));
         }
+        if let Some(bytes) = self.limit {
+            words.push(format!("cow-limit={bytes}"));
+        }
         if self.kind == Kind::PerConnection {
             words.push("cow-scope=connection".into());
         }
         words
     }
 
-    /// `switch` is the file that turns cow-on-read on, `image` that of a kept overlay.
-    pub fn parameters_of_places(&self, switch: &Path, image: &Path) -> Vec<String> {
+    /// `switch` is the file that turns cow-on-read on, `image` that of a kept overlay,
+    /// `stats` the one that is written every second.
+    pub fn parameters_of_places(&self, switch: &Path, image: &Path, stats: &Path) -> Vec<String> {
         let mut words = match self.on_read {
             OnRead::No => Vec::new(),
             OnRead::Yes => vec!["cow-on-read=true".into()],
@@ -176,6 +184,7 @@ impl Mix {
         if self.is_kept() {
             words.push(format!("cow-overlay={}", image.display()));
         }
+        words.push(format!("cow-stats={}", stats.display()));
         words
     }
 }
@@ -197,6 +206,9 @@ impl fmt::Display for Mix {
             self.on_read,
             self.on_cache
         )?;
+        if let Some(bytes) = self.limit {
+            write!(f, ", cow-limit {bytes}")?;
+        }
         if let Some(time) = self.base_takes {
             write!(f, ", slow base ({time:?})")?;
         }

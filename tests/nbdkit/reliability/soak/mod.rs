@@ -61,6 +61,11 @@ impl Places {
         self.directory.path().join("switch")
     }
 
+    /// The file of cow-stats.
+    fn stats(&self) -> PathBuf {
+        self.directory.path().join("stats")
+    }
+
     fn overlays(&self) -> PathBuf {
         self.overlay_place().join("overlays")
     }

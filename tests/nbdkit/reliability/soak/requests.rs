@@ -182,7 +182,10 @@ impl Client<'_> {
         let What::Change(change) = &request.what else {
             return Err(self.unexpected(&request, &format!("errno {errno}")));
         };
-        let is_full = errno == ENOSPC && self.mix.may_be_full() && !request.name.contains("trim");
+        // A trim hears of a limit only: it may do nothing where a file system is full.
+        let is_trim = request.name.contains("trim");
+        let may_be_full = self.mix.may_be_full() && (!is_trim || self.mix.limit.is_some());
+        let is_full = errno == ENOSPC && may_be_full;
         let is_slow = errno == ENOTSUP && request.flags & FLAG_FAST_ZERO != 0;
         if is_slow {
             // Nothing has changed, and reads will look for that.

@@ -118,7 +118,8 @@ impl Run<'_> {
         let mut words = vec!["file".into(), format!("file={}", base.display())];
         words.extend(self.mix.parameters());
         let (switch, image) = (self.places.switch(), self.places.image());
-        words.extend(self.mix.parameters_of_places(&switch, &image));
+        let stats = self.places.stats();
+        words.extend(self.mix.parameters_of_places(&switch, &image, &stats));
         setup.start(&words.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
