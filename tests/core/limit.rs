@@ -536,6 +536,7 @@ fn an_image_that_is_over_the_limit_is_served_and_grows_no_further() {
 #[test]
 fn zeroes_of_a_resumed_image_that_look_like_a_hole_are_given_back() {
     let recorder = Recorder::holding(new_image(SIZE, BLOCK));
+    recorder.tell_holes();
     let base = TestBase::new(SIZE);
     let budget = Arc::new(Budget::new(u64::MAX));
     let disk = kept_on(&budget, &recorder);
