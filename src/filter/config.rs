@@ -201,7 +201,7 @@ cow-backing=NAME         The name of the disk below that the image records: a
                          file or a URI (default: the plugin's file=).
 cow-serialize=BOOL       true: handle one request at a time (default: false).
 cow-stats=FILE           Write what is counted to this file, as JSON, every
-                         second while it changes (default: nowhere).";
+                         second while one changes (default: nowhere).";
 
 impl Config {
     /// What to record as the base's name: what was given, else the one file that

@@ -207,6 +207,10 @@ fn counted<T, S: Store>(
 #[cold]
 #[inline(never)]
 fn failed(counters: &Counters, request: Operation, error: Error) -> Error {
+    // An answer that the client has asked for.
+    if error.refuses_fast_zero() {
+        return error.unlogged();
+    }
     let kind = counters.failed(request, &error);
     // What the layer below has logged is its own.
     if error.is_reported() {

@@ -138,13 +138,6 @@ impl Exports {
         }
         taken
     }
-
-    pub fn has_connections(&self) -> bool {
-        match self {
-            Exports::Temporary(temporary) => temporary.users.known().connections > 0,
-            Exports::Kept(_, users) => users.known().connections > 0,
-        }
-    }
 }
 
 impl Member<'_> {

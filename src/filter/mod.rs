@@ -33,8 +33,8 @@ pub struct Filter {
     config: Config,
     exports: Exports,
     reclaim: Arc<Reclaim>,
-    /// The thread that gives space back.
-    reclaimer: Mutex<Option<JoinHandle<()>>>,
+    /// Those that give space back, and that count failures in the log.
+    threads: Mutex<Vec<JoinHandle<()>>>,
     stats: Option<Stats>,
     user: User,
 }
@@ -67,7 +67,7 @@ impl Filter {
         Ok(Filter {
             exports: Exports::new(&config, &reclaim, budget)?,
             reclaim,
-            reclaimer: Mutex::default(),
+            threads: Mutex::default(),
             stats,
             config,
             user: user(),
@@ -78,15 +78,20 @@ impl Filter {
     /// no thread survives.
     pub fn start(&'static self) {
         let reclaim = Arc::clone(&self.reclaim);
-        let thread = thread::Builder::new().name("cow-reclaim".to_string());
-        match thread.spawn(move || reclaim.run()) {
-            Ok(handle) => *locked(&self.reclaimer) = Some(handle),
-            Err(e) => log::warn!(
-                "there is no thread to give space back, so trim and zero requests take longer: {e}"
-            ),
-        }
+        let lost = "there is no thread to give space back, so trim and zero requests take longer";
+        self.spawn("cow-reclaim", lost, move || reclaim.run());
+        let lost = "there is no thread to count failures in the log, so their number may come late";
+        self.spawn("cow-log", lost, error_log::run);
         if let Some(stats) = &self.stats {
             stats.start(&self.exports);
+        }
+    }
+
+    /// `lost` is what to say if it can't be had.
+    fn spawn(&self, name: &str, lost: &str, run: impl FnOnce() + Send + 'static) {
+        match thread::Builder::new().name(name.to_string()).spawn(run) {
+            Ok(handle) => locked(&self.threads).push(handle),
+            Err(e) => log::warn!("{lost}: {e}"),
         }
     }
 
@@ -119,9 +124,6 @@ impl Filter {
     pub fn disconnect(&self, connection: Connection<'_>) {
         connection.log_figures();
         drop(connection);
-        if !self.exports.has_connections() {
-            error_log::tell_rest();
-        }
         if let Some(stats) = &self.stats {
             stats.disconnected(&self.exports);
         }
@@ -131,9 +133,10 @@ impl Filter {
     /// last client is gone.
     pub fn finish(&self) -> Result<()> {
         self.reclaim.stop();
-        if let Some(reclaimer) = locked(&self.reclaimer).take() {
+        error_log::stop();
+        for thread in locked(&self.threads).drain(..) {
             // nbdkit unloads the library after this. A panic was logged when it happened.
-            let _ = reclaimer.join();
+            let _ = thread.join();
         }
         let finished = match &self.exports {
             Exports::Temporary(_) => Ok(()),

@@ -105,12 +105,15 @@ impl<F: ImageFile> Store for KeptStore<F> {
     ) -> Result<()> {
         let mut rest = blocks.clone();
         while rest.start < rest.end {
-            let group_end = (rest.start.0 / BLOCKS_PER_GROUP + 1) * BLOCKS_PER_GROUP;
-            let part = rest.start..rest.end.min(BlockNum(group_end));
+            let part = rest.start..rest.end.min(self.publish_end(rest.start));
             rest.start = part.end;
             self.image.publish(clusters_of(&part), || change(&part))?;
         }
         Ok(())
+    }
+
+    fn publish_end(&self, block: BlockNum) -> BlockNum {
+        BlockNum((block.0 / BLOCKS_PER_GROUP + 1) * BLOCKS_PER_GROUP)
     }
 
     fn flush(&self, word: &dyn Fn(u64) -> u64) -> Result<()> {

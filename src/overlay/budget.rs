@@ -118,6 +118,15 @@ impl Budget {
         }
     }
 
+    /// ENOSPC if so much more does not fit beside what is settled.
+    pub fn expect_fits(&self, bytes: u64, share: Share) -> Result<()> {
+        let settled = locked(&self.taken).settled;
+        if bytes == 0 || settled.saturating_add(bytes) <= self.most(share) {
+            return Ok(());
+        }
+        Err(self.refused(bytes, settled))
+    }
+
     /// Puts `bytes` in flight. ENOSPC if they don't fit. (Nothing always fits.)
     fn charge(&self, bytes: u64, share: Share) -> Result<()> {
         if bytes == 0 {

@@ -134,6 +134,9 @@ impl<S: Store> Overlay<S> {
         put: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let share = purpose.share();
+        // A change that is going to be refused should not take memory.
+        let budget = limit.account.budget();
+        self.ask_for_room(limit, blocks, |bytes| budget.expect_fits(bytes, share))?;
         self.map.grow_for_data(blocks, share)?;
         self.reserve_for_data(held, blocks, purpose)?;
         if self.map.stored(blocks)? == blocks.end.0 - blocks.start.0 {
@@ -155,11 +158,21 @@ impl<S: Store> Overlay<S> {
         blocks: &Range<BlockNum>,
         share: Share,
     ) -> Result<Charge<'a>> {
+        self.ask_for_room(limit, blocks, |bytes| limit.account.charge(bytes, share))
+    }
+
+    /// Has `ask` ask for room for what is to become stored of `blocks`.
+    fn ask_for_room<R>(
+        &self,
+        limit: &Limit,
+        blocks: &Range<BlockNum>,
+        ask: impl Fn(u64) -> Result<R>,
+    ) -> Result<R> {
         let mut uncharged = limit.uncharged(&self.map, blocks)?;
         loop {
-            let refused = match limit.account.charge(limit.bytes(uncharged), share) {
-                Ok(charge) => return Ok(charge),
+            let refused = match ask(limit.bytes(uncharged)) {
                 Err(refused) => refused,
+                granted => return granted,
             };
             // What has no room any more may be just these blocks, stored by another.
             let left = limit.uncharged(&self.map, blocks)?;

@@ -264,6 +264,10 @@ impl<S: Store> Overlay<S> {
 
     /// That a copy is not saved must not fail the request that it is made for.
     fn note_not_saved(&self, why: Operation, error: &Error) {
+        // That a limit leaves no room for copies is no failure.
+        if error.is_over_limit() {
+            return;
+        }
         let kind = self.counters.failed(why, error);
         // What the layer below could not read it has told of itself.
         if !error.is_reported() {

@@ -72,6 +72,12 @@ pub trait Store: Send + Sync {
         change(blocks).map(drop)
     }
 
+    /// The end of the part that has `block` and in which [`Store::publish`] has blocks
+    /// changed at once.
+    fn publish_end(&self, _block: BlockNum) -> BlockNum {
+        BlockNum(u64::MAX)
+    }
+
     /// Makes what was written before safe from power loss, if the store is kept at
     /// all. `word` looks a word of the block map up, by its number.
     fn flush(&self, _word: &dyn Fn(u64) -> u64) -> Result<()> {

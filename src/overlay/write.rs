@@ -242,7 +242,15 @@ impl<S: Store> Overlay<S> {
     ) -> Result<()> {
         debug_assert!(held.covers(blocks));
         if self.limit.is_some() {
-            self.map.grow_for_zero(blocks, purpose.share())?;
+            // In the parts in which it is published: a mark for all of them may need nothing
+            // where one for a part needs a node. While it is published the map must not grow,
+            // because who lacks room waits, and may hold a lock of the store by then.
+            let mut rest = blocks.clone();
+            while rest.start < rest.end {
+                let part = rest.start..rest.end.min(self.store.publish_end(rest.start));
+                rest.start = part.end;
+                self.map.grow_for_zero(&part, purpose.share())?;
+            }
         }
         self.store.reserve(blocks, purpose)
     }

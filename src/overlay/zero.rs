@@ -142,10 +142,12 @@ impl<S: Store> Overlay<S> {
                 None => unused = Some(run),
             }
         }
-        self.publish(blocks, BlockMap::set_zero)?;
+        // First, or a change that is made in part would leave space that nobody gives back.
+        // What is punched is decided by the map, when the stripes are free again.
         if let Some(unused) = unused {
             self.pending.insert(unused);
         }
+        self.publish(blocks, BlockMap::set_zero)?;
         self.map.prune(blocks);
         Ok(())
     }

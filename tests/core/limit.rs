@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 use nbdkit_cow_filter::error::Result;
-use nbdkit_cow_filter::kept;
+use nbdkit_cow_filter::kept::{self, KeptStore};
 use nbdkit_cow_filter::overlay::{
     Account, BlockMap, Budget, Overlay, Reclaim, State, Store, Zeroing,
 };
@@ -546,4 +546,33 @@ fn zeroes_of_a_resumed_image_that_look_like_a_hole_are_given_back() {
     trim(&base, &disk, 0, 100).expect("a good trim");
     disk.give_back();
     assert_eq!(budget.used(), used - 4 * BLOCK);
+}
+
+/// A kept overlay is published in parts, and a part may need a node of the map that all of it
+/// would not need.
+#[test]
+fn a_trim_of_an_image_that_has_no_memory_gives_its_data_back() {
+    const BLOCK: u64 = 512;
+    // Two nodes below that of the root.
+    const SIZE: u64 = 516 << 20;
+    const DATA: u64 = 1 << 20;
+    let groups = SIZE.div_ceil(64 * 32 * BLOCK);
+    // A leaf and the nodes above it, and less than another node.
+    let map = LEAF + 2 * 4104 + 4000;
+    let recorder = Recorder::holding(new_image(SIZE, BLOCK));
+    let base = TestBase::new(SIZE);
+    let budget = Arc::new(Budget::new(DATA + map + groups * TABLES));
+    let account = Account::new(&budget);
+    let (image, _) = Image::open(recorder, Path::new("new")).expect("an image");
+    // As one that was made in this run, of which all that is stored is known.
+    let store = KeptStore::new(image.limited(Some(&account)), true);
+    let disk = Overlay::new(SIZE, block_size(BLOCK), store).limited(Some(account));
+    disk.write(&base, &vec![7; DATA as usize], 0)
+        .expect("there is room");
+    disk.zero(&base, 0, SIZE, Zeroing::Trim)
+        .expect("what it gives back is room");
+    let usage = disk.usage();
+    assert_eq!((usage.data, usage.unused), (0, 0));
+    disk.write(&base, &vec![8; (DATA - BLOCK) as usize], 0)
+        .expect("there is room, beside that node");
 }

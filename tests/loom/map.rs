@@ -58,6 +58,36 @@ fn a_leaf_that_serves_another_part_is_not_taken_for_the_old_one() {
     check(0..LEAF, 5, LEAF + 6, 6);
 }
 
+/// The node above two others comes back as one of those: what it points to is on another
+/// level now.
+#[test]
+fn a_node_does_not_serve_another_level() {
+    const UPPER: u64 = 2 * NODE;
+    let mut builder = Builder::new();
+    builder.preemption_bound = Some(2);
+    builder.check(|| {
+        let map = BlockMap::new(BlockNum(2 * UPPER));
+        let all = range(0..2 * UPPER);
+        map.set_zero(&all).expect("in range");
+        // The other half has its upper node, and lacks one below that.
+        let there = UPPER + NODE;
+        map.set_data(&range(there..there + 1)).expect("in range");
+        map.set_data(&range(5..6)).expect("in range");
+        map.set_zero(&range(0..UPPER)).expect("in range");
+        map.set_given_back(&range(0..UPPER)).expect("in range");
+        let map = Arc::new(map);
+        let writer = {
+            let map = Arc::clone(&map);
+            thread::spawn(move || {
+                map.prune(&range(0..UPPER));
+                map.set_data(&range(UPPER..UPPER + 1)).expect("in range");
+            })
+        };
+        assert_eq!(state(&map, 6), State::Zero);
+        writer.join().expect("no panic");
+    });
+}
+
 #[test]
 fn a_node_that_serves_another_part_is_not_taken_for_the_old_one() {
     check(0..NODE, 5, NODE + 6, 6);

@@ -56,7 +56,7 @@ pub struct Stats {
 struct Written {
     /// What the document was made from, and whether it says that nbdkit is running.
     /// `None`: there is none, or the last could not be written.
-    from: Option<(Total, bool)>,
+    from: Option<(Total, Option<u64>, bool)>,
     has_failed: bool,
 }
 
@@ -150,14 +150,19 @@ impl Stats {
     fn write(&self, exports: &Exports, is_running: bool) {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         // What is counted from here on makes a new document, whether this one has it or not.
-        let from = Some((exports.total(), is_running));
+        let budget = self.budget.as_deref();
+        // An overlay gives back what it has taken after its last connection was counted.
+        let used = budget.map(Budget::used);
+        let from = Some((exports.total(), used, is_running));
         if written.from == from {
             return;
         }
-        let budget = self.budget.as_deref();
         let document = document(exports, self.scope, budget, self.start_time, is_running);
         match self.place.replace(&document) {
-            Ok(()) => written.from = from,
+            Ok(()) => {
+                written.from = from;
+                written.has_failed = false;
+            }
             Err(e) => {
                 written.from = None;
                 if !std::mem::replace(&mut written.has_failed, true) {

@@ -85,10 +85,13 @@ impl Leaf {
     pub fn is_zeroed(&self, start: u64, end: u64) -> bool {
         let whole = ((end - start) / BLOCKS_PER_WORD) as usize;
         let rest = (end - start) % BLOCKS_PER_WORD;
-        let of_rest = ((1 << rest) - 1) << BLOCKS_PER_WORD;
-        let is = |word: &AtomicU64, expected| word.load(Ordering::Acquire) == expected;
+        // Blocks that the disk does not have may be in any state.
+        let of_rest = ((1 << rest) - 1) * (STORED | ZERO);
+        let is_zero =
+            |word: &AtomicU64, bits| word.load(Ordering::Acquire) & bits == ALL_ZERO & bits;
         let (words, others) = self.words.split_at(whole);
-        words.iter().all(|word| is(word, ALL_ZERO)) && (rest == 0 || is(&others[0], of_rest))
+        words.iter().all(|word| is_zero(word, u64::MAX))
+            && (rest == 0 || is_zero(&others[0], of_rest))
     }
 
     pub fn word(&self, block: u64) -> &AtomicU64 {

@@ -508,6 +508,28 @@ mod tests {
         assert_eq!(runs(&map, all.clone()), [(State::Zero, all)]);
     }
 
+    #[test]
+    fn a_last_leaf_that_is_not_whole_gives_way_to_a_mark_as_any() {
+        for blocks in [
+            3 * BLOCKS_PER_LEAF + 7,
+            3 * BLOCKS_PER_LEAF + BLOCKS_PER_WORD,
+        ] {
+            let map = map(blocks);
+            let all = range(0..blocks);
+            // A leaf of zeroes, and one that begins as one of the base.
+            for is_zeroed in [false, true] {
+                if is_zeroed {
+                    map.set_zero(&all).expect("in range");
+                }
+                map.set_data(&range(blocks - 1..blocks)).expect("in range");
+                map.set_zero(&all).expect("in range");
+                map.set_given_back(&all).expect("in range");
+                map.prune(&all);
+                assert!(map.part_end(BlockNum(0)).0 >= blocks, "{blocks} blocks");
+            }
+        }
+    }
+
     /// As [`Overlay::shrink_map`](crate::overlay::Overlay) does it.
     fn shrink(map: &BlockMap, block: u64) {
         while let Some(blocks) = map.zeroed_around(BlockNum(block)) {

@@ -7,7 +7,8 @@
 //! may be in it at that time, so it must not be freed. It is kept, and serves as another leaf or
 //! node of the same map later ([`Pool`]); memory goes back to the system with the map. So
 //! what a reader follows always leads to a leaf or a node, but that may be in charge of
-//! another part of the disk by now.
+//! another part of the disk by now. (Each level has nodes of its own. One that came back on
+//! another level would lead a reader from a node to what it takes for a leaf.)
 //!
 //! That is found out: `unlinked` moves on with each unlinking, before the memory can be
 //! used again. [`Tree::look`] reads it before and after, and looks once more if it has
@@ -67,7 +68,9 @@ pub struct Tree {
     blocks: u64,
     /// How often something was unlinked.
     unlinked: AtomicU64,
-    nodes: Pool<Node>,
+    /// Of each level its own: a reader may be in one, and takes what it points to for one
+    /// of the level below.
+    nodes: Vec<Pool<Node>>,
     leaves: Pool<Leaf>,
     /// With a limit: held while a slot gets a node or a leaf. Who is refused the memory for one
     /// must know that nobody else has just been given it. Who holds this may wait for room.
@@ -128,7 +131,7 @@ impl Tree {
             levels,
             blocks,
             unlinked: AtomicU64::new(0),
-            nodes: Pool::new(),
+            nodes: (0..levels).map(|_| Pool::new()).collect(),
             leaves: Pool::new(),
             growing: Mutex::new(()),
         }
@@ -136,7 +139,9 @@ impl Tree {
 
     /// Has the memory of what is made from now on charged to `account`.
     pub fn limit(&mut self, account: &Arc<Account>) {
-        self.nodes.account = Some(Arc::clone(account));
+        for nodes in &mut self.nodes {
+            nodes.account = Some(Arc::clone(account));
+        }
         self.leaves.account = Some(Arc::clone(account));
     }
 
@@ -146,7 +151,7 @@ impl Tree {
 
     /// How many bytes the nodes and the leaves take.
     pub fn memory(&self) -> u64 {
-        self.nodes.memory() + self.leaves.memory()
+        self.nodes.iter().map(Pool::memory).sum::<u64>() + self.leaves.memory()
     }
 
     /// What `look` sees, which takes no stripe.
@@ -269,7 +274,7 @@ impl Tree {
             if place.level == 0 {
                 self.leaves.link(place.slot, target, share)?;
             } else {
-                self.nodes.link(place.slot, target, share)?;
+                self.nodes[place.level as usize - 1].link(place.slot, target, share)?;
             }
         }
     }
@@ -354,7 +359,7 @@ impl Tree {
         }
         if is_zeroed {
             self.unlink(place.slot);
-            self.nodes.put(target.cast());
+            self.nodes[place.level as usize - 1].put(target.cast());
         }
         is_zeroed
     }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use crate::harness::command::eventually;
 use crate::harness::nbd::{
     CHUNK_BLOCK_STATUS, CHUNK_DONE, CHUNK_ERROR, CMD_DISC, SIMPLE_REPLY, STRUCTURED_REPLY, be16,
-    be32, be64, header, negotiate,
+    be32, be64, greeting, header, negotiate,
 };
 use crate::harness::run;
 
@@ -119,6 +119,7 @@ impl Connection {
         let mut stream = UnixStream::connect(&target.socket)?;
         // What is stuck is found by whoever waits for the reply.
         stream.set_write_timeout(Some(Duration::from_secs(60)))?;
+        greeting(&mut stream)?;
         let (size, _) = negotiate(&mut stream, true)?;
         let mut new = target.sockets();
         new.retain(|socket| !before.contains(socket));
