@@ -215,6 +215,27 @@ fn a_client_that_tries_again_and_again_does_not_fill_the_log() {
     );
 }
 
+/// It is told while the client is still there, and one who comes again and again does not
+/// get more lines.
+#[test]
+fn the_number_of_failures_is_told_after_some_seconds() {
+    let mount = Mount::tmpfs("1M");
+    let server = without_space(&mount, &[]);
+    server.python(
+        r#"
+        for _ in range(50):
+            refused("ENOSPC", connect().pwrite, b"1" * 4096, 0)
+        "#,
+    );
+    let told = eventually(LIMIT, || {
+        server.stderr().contains("49 more times: write failed")
+    });
+    assert!(told, "{}", server.stderr());
+    mount.make_room();
+    let said = server.stop_and_tell();
+    assert!(said.lines().count() < 10, "{said}");
+}
+
 /// Nobody is told of them but the log, and that once.
 #[test]
 fn copies_of_the_base_that_can_not_be_saved_are_told_in_short() {

@@ -542,8 +542,8 @@ fn with_u_the_file_is_that_user_s() {
 #[test]
 fn without_a_thread_each_disconnect_writes_it() {
     let (_directory, path, parameter) = place();
-    // The first two that its main thread starts are those of the filter.
-    let inject = "--inject=clone3:error=EAGAIN:when=1..2";
+    // The first three that its main thread starts are those of the filter.
+    let inject = "--inject=clone3:error=EAGAIN:when=1..3";
     let server = Setup::new()
         .under(&["strace", "-D", "-o", "/dev/null", inject])
         .start(&["null", "1M", &parameter]);
