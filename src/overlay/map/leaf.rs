@@ -98,6 +98,11 @@ impl Leaf {
         &self.words[(block / BLOCKS_PER_WORD % WORDS_PER_LEAF) as usize]
     }
 
+    pub fn state(&self, block: u64) -> State {
+        let word = self.word(block).load(Ordering::Acquire);
+        state_in(word, block % BLOCKS_PER_WORD)
+    }
+
     /// The state of block `at`, and the end of the run that starts there, at most `end`.
     pub fn run(&self, at: u64, end: u64) -> (State, u64) {
         let word = self.word(at).load(Ordering::Acquire);

@@ -100,7 +100,16 @@ impl BlockMap {
     /// The state of `block`. EINVAL if there is no such block.
     pub fn state(&self, block: BlockNum) -> Result<State> {
         self.check(&(block..block.next()))?;
-        Ok(self.run_in_slot(block.0, block.0 + 1).0)
+        Ok(self.state_of(block.0))
+    }
+
+    #[inline(always)]
+    fn state_of(&self, block: u64) -> State {
+        self.tree.look(|tree| match tree.lookup(block).0 {
+            Found::Untouched => State::Base,
+            Found::Zeroed => State::Zero,
+            Found::Leaf(leaf) => leaf.state(block),
+        })
     }
 
     /// The longest run of blocks that starts at the first of `blocks`, ends no
@@ -111,6 +120,10 @@ impl BlockMap {
     /// others change meanwhile may be seen before or after the change.
     pub fn run(&self, blocks: &Range<BlockNum>) -> Result<(State, BlockNum)> {
         self.check(blocks)?;
+        // Most requests are about one block.
+        if blocks.start.next() == blocks.end {
+            return Ok((self.state_of(blocks.start.0), blocks.end));
+        }
         let (state, mut at) = self.run_in_slot(blocks.start.0, blocks.end.0);
         // A run that fills its slot may go on in the next.
         while at < blocks.end.0 && self.starts_slot(at) {

@@ -65,6 +65,8 @@ pub struct Tree {
     /// On top of `levels` levels of nodes.
     root: Slot,
     levels: u32,
+    /// The root is in charge of 2^`shift` blocks.
+    shift: u32,
     blocks: u64,
     /// How often something was unlinked.
     unlinked: AtomicU64,
@@ -114,8 +116,10 @@ impl<'a> Place<'a> {
     }
 }
 
+#[inline(always)]
 fn is_pointer(target: *mut u8) -> bool {
-    !target.is_null() && target != ZEROED
+    // Neither null nor ZEROED.
+    target.addr() > ZEROED.addr()
 }
 
 impl Tree {
@@ -129,6 +133,7 @@ impl Tree {
         Tree {
             root: AtomicPtr::new(ptr::null_mut()),
             levels,
+            shift: levels * SLOTS_SHIFT + LEAF_SHIFT,
             blocks,
             unlinked: AtomicU64::new(0),
             nodes: (0..levels).map(|_| Pool::new()).collect(),
@@ -177,10 +182,10 @@ impl Tree {
 
     /// What is in charge of `block`, and the first block after those that it is in charge
     /// of. (A mark or a missing node is in charge of much.)
-    #[inline]
+    #[inline(always)]
     pub fn lookup(&self, block: u64) -> (Found<'_>, u64) {
         let mut slot = &self.root;
-        let mut shift = self.levels * SLOTS_SHIFT + LEAF_SHIFT;
+        let mut shift = self.shift;
         loop {
             let target = slot.load(Ordering::Acquire);
             if !is_pointer(target) || shift == LEAF_SHIFT {
