@@ -72,8 +72,7 @@ impl Client<'_> {
             _ => self.random.below(self.mix.longest),
         };
         let how = self.random.of(&[Shutdown::Both, Shutdown::Write]);
-        let is_alone = in_flight == 0 || self.mix.threads == 1;
-        match self.target.may_fail_to_reply || is_alone {
+        match self.target.may_fail_to_reply || in_flight == 0 {
             true => (cut, how),
             false if in_flight == 1 => (0, how),
             false => (0, Shutdown::Write),

@@ -38,8 +38,9 @@ pub struct Target {
     pub fault: AtomicBool,
     /// The server is being killed.
     pub killed: AtomicBool,
-    /// nbdkit 1.32.4 and 1.32.5 end with a failed assertion if two threads of a connection
-    /// can't send a reply, or one can't and one could not receive.
+    /// nbdkit 1.32.4 and 1.32.5 end with a failed assertion if two replies of a connection
+    /// can't be sent, or one can't and something could not be received; also with one
+    /// thread.
     pub may_fail_to_reply: bool,
     /// One connects at a time, to see which socket of the server is its own.
     door: Mutex<()>,
