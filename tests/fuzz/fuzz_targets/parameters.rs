@@ -92,11 +92,20 @@ fn check(config: &Config, key: &str, value: &[u8], accepted: bool) {
             assert_eq!(expected.is_some(), accepted, "{value:?}");
             assert!(!accepted || Some(config.scope) == expected, "{value:?}");
         }
-        "cow-overlay" => {
+        "cow-limit" => {
+            let size = size(value).filter(|size| *size > 0);
+            assert_eq!(size.is_some(), accepted, "{value:?}");
+            assert!(!accepted || config.limit == size, "{value:?}");
+        }
+        "cow-overlay" | "cow-stats" => {
             let is_file = value.last().is_some_and(|last| *last != b'/');
             assert_eq!(is_file, accepted, "{value:?}");
-            let overlay = config.overlay.as_ref();
-            assert!(!accepted || overlay.is_some_and(|path| path.is_absolute()));
+            let path = match key {
+                "cow-overlay" => &config.overlay,
+                _ => &config.stats,
+            };
+            let is_absolute = path.as_ref().is_some_and(|path| path.is_absolute());
+            assert!(!accepted || is_absolute, "{value:?}");
         }
         "cow-backing" => assert_eq!(!value.is_empty(), accepted),
         _ => assert!(accepted, "{key} is not ours to refuse"),

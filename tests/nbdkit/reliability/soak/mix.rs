@@ -154,6 +154,19 @@ impl Mix {
         self.room.is_some() || self.limit.is_some()
     }
 
+    /// Of how many bytes, from a multiple of it on, a change that may have failed has left
+    /// all or none.
+    ///
+    /// A block that has data is written in place, and has its space. Not so after a kill: a
+    /// discard that was not flushed may have punched it out, and the image says that it has
+    /// data. Where there is no space for it then, bytes of it are old and others new.
+    pub fn old_or_new(&self) -> u64 {
+        match self.kind {
+            Kind::KeptFull => 1,
+            _ => self.block,
+        }
+    }
+
     /// The parameters of nbdkit that do not depend on where things lie.
     pub fn parameters(&self) -> Vec<String> {
         let mut words = vec![

@@ -197,7 +197,7 @@ impl Client<'_> {
                 self.over(cookie, change.clone(), 1)?;
             }
         } else if is_full {
-            self.over(cookie, change.clone(), self.mix.block)?;
+            self.over(cookie, change.clone(), self.mix.old_or_new())?;
         } else {
             return Err(self.unexpected(&request, &format!("errno {errno}")));
         }

@@ -101,7 +101,7 @@ impl Client<'_> {
                 let What::Change(change) = request.what else {
                     continue;
                 };
-                self.over(cookie, change, self.mix.block)?;
+                self.over(cookie, change, self.mix.old_or_new())?;
             }
         }
         Ok(())
