@@ -292,14 +292,14 @@ fn boolean(value: &str) -> Option<bool> {
 /// A size in bytes, spelled as for `nbdkit_parse_size`, nbdkit-plugin(3): a whole
 /// number and at most one letter, `b` for bytes, `s` for 512-byte sectors, and
 /// `k m g t p e` in either case for powers of 1024. As there, white space and a
-/// plus sign may stand before it.
+/// plus sign may stand before it, and the largest is that of a signed number.
 fn parse_size(value: &str) -> Option<u64> {
     // As the C library sees it: not what Unicode calls white space beyond that.
     let value = value.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
     let value = value.strip_prefix('+').unwrap_or(value);
     let letter = value.find(|c: char| !c.is_ascii_digit());
     let (number, unit) = value.split_at(letter.unwrap_or(value.len()));
-    let unit: u64 = match unit.to_ascii_lowercase().as_str() {
+    let unit: i64 = match unit.to_ascii_lowercase().as_str() {
         "" | "b" => 1,
         "s" => 512,
         "k" => 1 << 10,
@@ -310,7 +310,8 @@ fn parse_size(value: &str) -> Option<u64> {
         "e" => 1 << 60,
         _ => return None,
     };
-    number.parse::<u64>().ok()?.checked_mul(unit)
+    let bytes = number.parse::<i64>().ok()?.checked_mul(unit)?;
+    u64::try_from(bytes).ok()
 }
 
 #[cfg(test)]
@@ -394,10 +395,19 @@ mod tests {
     #[test]
     fn a_limit_is_a_size_and_not_nothing() {
         assert_eq!(config(&[]).limit, None);
-        for (text, bytes) in [("1", 1), ("10g", 10 << 30), ("15E", 15 << 60)] {
+        for (text, bytes) in [("1", 1), ("10g", 10 << 30), ("7E", 7 << 60)] {
             assert_eq!(config(&[("cow-limit", text)]).limit, Some(bytes), "{text}");
         }
-        for bad in ["0", "0G", "", "-1", "16E", "50%", "none"] {
+        for bad in [
+            "0",
+            "0G",
+            "",
+            "-1",
+            "8E",
+            "9223372036854775808",
+            "50%",
+            "none",
+        ] {
             assert_eq!(
                 refusal("cow-limit", bad),
                 format!("cow-limit={bad}: the value must be a size in bytes, more than 0")

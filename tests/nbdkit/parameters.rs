@@ -89,6 +89,32 @@ fn booleans_are_read_as_nbdkit_reads_them() {
     }
 }
 
+/// The largest number that nbdkit takes for a size is the largest limit too.
+#[test]
+fn limits_end_where_sizes_end_in_nbdkit() {
+    for value in [
+        "7E",
+        "9223372036854775807",
+        "9223372036854775808",
+        "8E",
+        "15E",
+        "18446744073709551615",
+    ] {
+        let mut theirs = command("nbdkit");
+        theirs.args(["-U", "-", "null", &format!("size={value}"), "--run", "true"]);
+        let theirs = outcome(&mut theirs);
+        let parameter = format!("cow-limit={value}");
+        let ours = Setup::new().run(&["null", "size=1M", &parameter], "true");
+        assert_eq!(
+            theirs.status.success(),
+            ours.status.success(),
+            "{value:?}: {} {}",
+            theirs.stderr,
+            ours.stderr
+        );
+    }
+}
+
 /// Asked of a plugin that has nbdkit read its size. (Not of numbers that begin with a zero:
 /// nbdkit 1.48 takes them for octal and hexadecimal ones.)
 #[test]

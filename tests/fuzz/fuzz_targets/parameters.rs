@@ -138,7 +138,7 @@ fn size(value: &[u8]) -> Option<u64> {
         b"e" => 60,
         _ => return None,
     };
-    u64::try_from(number).ok()?.checked_mul(1 << shift)
+    u64::try_from(number.checked_mul(1 << shift)?).ok()
 }
 
 /// `nbdkit_parse_bool`
