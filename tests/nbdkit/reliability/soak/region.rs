@@ -349,38 +349,42 @@ fn read(disk: &File, range: &Range<u64>) -> Vec<u8> {
     bytes
 }
 
-/// A fast zero that is refused is known by what was found of those that it has met.
-#[test]
-fn what_was_found_stays_older_than_what_came_next() {
-    let range = 0..512;
-    let mut region = Region {
-        number: 0,
-        range: range.clone(),
-        now: Sparse::default(),
-        touched: BTreeSet::new(),
-        kept: Some(Kept {
-            safe: Sparse::default(),
-            since: Vec::new(),
-        }),
-    };
-    let change = |generation| Change {
-        range: range.clone(),
-        content: Content::Pattern { tag: 1, generation },
-        certain: false,
-        happened: false,
-    };
-    region.issued(1, &change(1));
-    region.refused(1);
-    region.found(1, 2, &range, vec![7; 512]);
-    region.issued(3, &change(3));
-    region.done(3, 4, range.clone(), false);
-    region.settled(3, 4);
-    region.settled(1, 6);
-    region.flushed(5);
-    region.flushed(7);
-    let mut written = vec![0; 512];
-    change(3).content.fill(0, &mut written);
-    let kept = region.kept.expect("it is kept");
-    assert!(kept.since.is_empty());
-    assert!(kept.safe.get(&range) == written, "the older one is back");
+mod tests {
+    use super::*;
+
+    /// A fast zero that is refused is known by what was found of those that it has met.
+    #[test]
+    fn what_was_found_stays_older_than_what_came_next() {
+        let range = 0..512;
+        let mut region = Region {
+            number: 0,
+            range: range.clone(),
+            now: Sparse::default(),
+            touched: BTreeSet::new(),
+            kept: Some(Kept {
+                safe: Sparse::default(),
+                since: Vec::new(),
+            }),
+        };
+        let change = |generation| Change {
+            range: range.clone(),
+            content: Content::Pattern { tag: 1, generation },
+            certain: false,
+            happened: false,
+        };
+        region.issued(1, &change(1));
+        region.refused(1);
+        region.found(1, 2, &range, vec![7; 512]);
+        region.issued(3, &change(3));
+        region.done(3, 4, range.clone(), false);
+        region.settled(3, 4);
+        region.settled(1, 6);
+        region.flushed(5);
+        region.flushed(7);
+        let mut written = vec![0; 512];
+        change(3).content.fill(0, &mut written);
+        let kept = region.kept.expect("it is kept");
+        assert!(kept.since.is_empty());
+        assert!(kept.safe.get(&range) == written, "the older one is back");
+    }
 }
