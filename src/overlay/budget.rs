@@ -34,6 +34,7 @@
 use std::cell::Cell;
 use std::sync::{Arc, PoisonError};
 
+use super::limit::OVERLAY_LEN;
 use super::map::BlockMap;
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
@@ -77,15 +78,15 @@ impl Budget {
 
     /// EINVAL if nothing at all could be stored in such blocks.
     pub fn expect_room_for_a_block(&self, block_size: BlockSize) -> Result<()> {
-        let least = block_size.bytes() + BlockMap::LEAF_LEN;
+        let least = OVERLAY_LEN + block_size.bytes() + BlockMap::LEAF_LEN;
         if self.limit >= least {
             return Ok(());
         }
         Err(Error::new(
             libc::EINVAL,
             format!(
-                "cow-limit={} is too small: one block of {block_size} bytes takes {least} bytes, \
-                 with its part of the block map",
+                "cow-limit={} is too small: an overlay with one block of {block_size} bytes takes \
+                 {least} bytes",
                 self.limit
             ),
         ))

@@ -4,12 +4,15 @@
 //! Charged are whole blocks that are *stored*, as the block map says it: also the last one
 //! of the disk, and also those that are *zero* and wait to be punched out. Charged is the
 //! memory of the block map, when it is allocated, and, by the store, what its tables take.
+//! So is the overlay itself, with its first change: one that nobody has changed goes with
+//! its last client, and one that was lasts, also if all of it is zeroes.
 //!
 //! # In which order
 //!
 //! A change that makes blocks *data*, under its hold of their stripes,
 //!
-//! 1. makes the leaves of the map: what it needs of memory is settled at once;
+//! 1. makes the leaves of the map: what it needs of memory is settled at once, and with the
+//!    first change what the overlay itself takes;
 //! 2. has the store take space for its tables, which settles that too;
 //! 3. charges the blocks that are not stored yet;
 //! 4. writes, publishes, and settles what has become stored by that.
@@ -38,8 +41,9 @@
 //!
 //! # Locks
 //!
-//! Stripes, `orphans`, then those of the store while it publishes, of `pending` or of the
-//! budget.
+//! Stripes, `is_charged` or `orphans`, then those of the store while it publishes, of
+//! `pending` or of the budget. Who has `is_charged` may wait for room: nobody who wants it
+//! has anything in flight, because nothing of this overlay was charged yet.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -55,10 +59,19 @@ use crate::block::{BlockNum, BlockSize};
 use crate::error::Result;
 use crate::sync::{Mutex, locked};
 
+/// What an overlay takes beside its blocks and its map, with the name of its export, in
+/// bytes: never less than what it is, and a number that can be told.
+pub const OVERLAY_LEN: u64 = 16 << 10;
+
+/// The longest name of an export, of the NBD protocol.
+const MAX_NAME: usize = 4096;
+
 /// See the module's documentation.
 pub struct Limit {
     account: Arc<Account>,
     block_size: BlockSize,
+    /// The overlay itself is charged.
+    is_charged: Mutex<bool>,
     /// Numbers of blocks that are charged, and are not stored as the map says it.
     orphans: Mutex<BTreeSet<u64>>,
 }
@@ -66,6 +79,29 @@ pub struct Limit {
 impl Limit {
     fn bytes(&self, blocks: u64) -> u64 {
         blocks * self.block_size.bytes()
+    }
+
+    /// To be called before a change that needs `more`: charges the overlay itself. ENOSPC if
+    /// not both fit.
+    pub fn charge_overlay(&self, more: u64, share: Share) -> Result<()> {
+        let mut is_charged = locked(&self.is_charged);
+        if !*is_charged {
+            // Under the lock: who looks before another charges it, and asks after that, would
+            // count it twice.
+            let budget = self.account.budget();
+            budget.expect_fits(OVERLAY_LEN + more, share)?;
+            self.account.take(OVERLAY_LEN, share)?;
+            *is_charged = true;
+        }
+        Ok(())
+    }
+
+    /// What [`Limit::charge_overlay`] would charge.
+    fn uncharged_overlay(&self) -> u64 {
+        match *locked(&self.is_charged) {
+            true => 0,
+            false => OVERLAY_LEN,
+        }
     }
 
     /// How many of `blocks` have to be charged before they become *data*.
@@ -111,13 +147,18 @@ impl<S: Store> Overlay<S> {
         let Some(account) = account else {
             return self;
         };
+        const { assert!(size_of::<Self>() + MAX_NAME <= OVERLAY_LEN as usize) };
         let usage = self.map.usage();
         let stored = self.block_size.bytes() * (usage.data + usage.unused);
-        account.take_all_the_same(stored + usage.memory);
+        let is_changed = stored + usage.memory > 0;
+        if is_changed {
+            account.take_all_the_same(OVERLAY_LEN + stored + usage.memory);
+        }
         self.map.limit(&account);
         self.limit = Some(Limit {
             account,
             block_size: self.block_size,
+            is_charged: Mutex::new(is_changed),
             orphans: Mutex::default(),
         });
         self
@@ -135,6 +176,7 @@ impl<S: Store> Overlay<S> {
     ) -> Result<()> {
         let share = purpose.share();
         // A change that is going to be refused should not take memory.
+        limit.charge_overlay(limit.bytes(blocks.end.0 - blocks.start.0), share)?;
         let budget = limit.account.budget();
         self.ask_for_room(limit, blocks, |bytes| budget.expect_fits(bytes, share))?;
         self.map.grow_for_data(blocks, share)?;
@@ -241,7 +283,7 @@ impl<S: Store> Overlay<S> {
         let Some(limit) = &self.limit else {
             return true;
         };
-        let bytes = limit.bytes(blocks.end.0 - blocks.start.0);
+        let bytes = limit.bytes(blocks.end.0 - blocks.start.0) + limit.uncharged_overlay();
         let budget = limit.account.budget();
         budget.has_room(bytes + self.map.memory_for(blocks), Share::Half)
     }

@@ -94,6 +94,7 @@ use std::sync::{Arc, OnceLock};
 
 pub use budget::{Account, Budget};
 pub use content::Zeroing;
+pub use limit::OVERLAY_LEN;
 pub use map::{BlockMap, State, Usage};
 pub use reclaim::Reclaim;
 pub use store::{Purpose, Store};

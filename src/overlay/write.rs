@@ -241,7 +241,8 @@ impl<S: Store> Overlay<S> {
         purpose: Purpose,
     ) -> Result<()> {
         debug_assert!(held.covers(blocks));
-        if self.limit.is_some() {
+        if let Some(limit) = &self.limit {
+            limit.charge_overlay(0, purpose.share())?;
             // In the parts in which it is published: a mark for all of them may need nothing
             // where one for a part needs a node. While it is published the map must not grow,
             // because who lacks room waits, and may hold a lock of the store by then.

@@ -3,13 +3,21 @@
 use std::env;
 use std::fs::{File, Permissions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{self, Path, PathBuf};
+
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::error::{Error, Result};
 use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
 use crate::sparse;
 use crate::sync::{Mutex, MutexGuard, locked};
+
+/// So many of the files that a process may have open are left to clients that connect, for
+/// each of which nbdkit needs three or four: or one who writes to a thousand exports would
+/// lock all others out.
+const FOR_CLIENTS: u64 = 256;
 
 /// A directory that was found fit to hold overlays.
 #[derive(Debug)]
@@ -82,21 +90,29 @@ impl Directory {
         locked(&self.spare)
     }
 
-    /// A new file without a name, mode 0600, close-on-exec, sparse, of `size` bytes.
+    /// A new file without a name, mode 0600, close-on-exec, sparse, of `size` bytes. ENOSPC
+    /// also if the process has nearly as many files open as it may have.
     pub fn make_file(&self, size: u64) -> Result<File> {
+        let failed = |e| {
+            Error::io(
+                e,
+                format!(
+                    "making an overlay file of {size} bytes in {} (see TMPDIR)",
+                    self.path.display()
+                ),
+            )
+        };
         let spare = self.spare().take();
-        spare
-            .map_or_else(|| unnamed_file(&self.path), Ok)
-            .and_then(|file| file.set_len(size).map(|()| file))
-            .map_err(|e| {
-                Error::io(
-                    e,
-                    format!(
-                        "making an overlay file of {size} bytes in {} (see TMPDIR)",
-                        self.path.display()
-                    ),
-                )
-            })
+        let file = match spare {
+            Some(file) => file,
+            None => {
+                let file = unnamed_file(&self.path).map_err(failed)?;
+                leave_some_to_clients(&file)?;
+                file
+            }
+        };
+        file.set_len(size).map_err(failed)?;
+        Ok(file)
     }
 
     pub fn path(&self) -> &Path {
@@ -107,6 +123,24 @@ impl Directory {
     pub fn file_system(&self) -> &FileSystem {
         &self.file_system
     }
+}
+
+/// ENOSPC if `file`, which was just opened, is one of the last that may be. Its number tells
+/// it, because the system takes the lowest one that is free.
+fn leave_some_to_clients(file: &File) -> Result<()> {
+    // Where the limit can't be had, there is none to keep.
+    let most = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    let left = most.saturating_sub(file.as_raw_fd() as u64 + 1);
+    if left >= FOR_CLIENTS.min(most / 4) {
+        return Ok(());
+    }
+    Err(Error::new(
+        libc::ENOSPC,
+        format!(
+            "no file for another overlay: of {most} that nbdkit may have open (ulimit -n) \
+             {left} are left, for clients that connect"
+        ),
+    ))
 }
 
 /// A file without a name, close-on-exec, mode 0600. (The library leaves the mode

@@ -9,7 +9,7 @@ use std::thread;
 use nbdkit_cow_filter::error::Result;
 use nbdkit_cow_filter::kept::{self, KeptStore};
 use nbdkit_cow_filter::overlay::{
-    Account, BlockMap, Budget, Overlay, Reclaim, State, Store, Zeroing,
+    Account, BlockMap, Budget, OVERLAY_LEN, Overlay, Reclaim, State, Store, Zeroing,
 };
 use nbdkit_cow_filter::qcow2::image::Image;
 
@@ -21,6 +21,8 @@ type Disk = Overlay<TestStore>;
 
 const BLOCK: u64 = 4096;
 const LEAF: u64 = BlockMap::LEAF_LEN;
+/// An overlay with one leaf.
+const SMALL: u64 = OVERLAY_LEN + LEAF;
 const AREA: u64 = 1 << 20;
 /// One leaf of the block map, and no node.
 const SIZE: u64 = 8 * AREA;
@@ -44,7 +46,7 @@ fn disk_on(
 
 /// A disk that may have `blocks` blocks of data, with the leaf that they need.
 fn disk_for(blocks: u64) -> (TestBase, Arc<Disk>, Arc<Budget>) {
-    let budget = Arc::new(Budget::new(LEAF + blocks * BLOCK));
+    let budget = Arc::new(Budget::new(SMALL + blocks * BLOCK));
     let (base, disk) = disk_on(&budget, &Arc::default(), SIZE, TestStore::default());
     (base, disk, budget)
 }
@@ -83,7 +85,7 @@ fn on_threads(request: impl Fn(u64) + Sync) {
 #[test]
 fn blocks_are_stored_up_to_the_limit_and_no_byte_beyond_it() {
     for (more, fit) in [(0, 3), (BLOCK - 1, 3), (BLOCK, 4)] {
-        let budget = Arc::new(Budget::new(LEAF + 3 * BLOCK + more));
+        let budget = Arc::new(Budget::new(SMALL + 3 * BLOCK + more));
         // The last block is as long as the others to the limit.
         let size = 4 * BLOCK + 100;
         let (base, disk) = disk_on(&budget, &Arc::default(), size, TestStore::default());
@@ -98,13 +100,13 @@ fn blocks_are_stored_up_to_the_limit_and_no_byte_beyond_it() {
                 assert_refused(done);
                 assert_eq!(state(&disk, block), State::Base);
             }
-            assert_eq!(budget.used(), LEAF + stored * BLOCK);
+            assert_eq!(budget.used(), SMALL + stored * BLOCK);
         }
         // In place, and partly.
         disk.write(&base, b"more", 3 * BLOCK + 17)
             .expect("it takes nothing");
         assert_refused(disk.write(&base, b"more", 17));
-        assert_eq!(budget.used(), LEAF + fit * BLOCK);
+        assert_eq!(budget.used(), SMALL + fit * BLOCK);
         assert_eq!(read_all(&base, &disk)[..17], base_bytes(&base, 0, 17));
     }
 }
@@ -134,7 +136,7 @@ fn zeroes_that_are_written_and_zeroes_that_need_no_space_take_none() {
     disk.write(&base, &vec![0; 9 * BLOCK as usize], 0)
         .expect("zeroes are not stored");
     trim(&base, &disk, 20, 9).expect("nor here");
-    assert_eq!(budget.used(), LEAF);
+    assert_eq!(budget.used(), SMALL);
     disk.zero(&base, 0, BLOCK, KEEP).expect("there is room");
     assert_refused(disk.zero(&base, BLOCK, BLOCK, KEEP));
 }
@@ -241,13 +243,13 @@ fn what_a_failed_write_leaves_counts_until_it_is_punched_out() {
     ];
     for request in how {
         for can_punch in [true, false] {
-            let budget = Arc::new(Budget::new(LEAF + 2 * BLOCK));
+            let budget = Arc::new(Budget::new(SMALL + 2 * BLOCK));
             let store = TestStore::with(can_punch, true);
             let (base, disk) = disk_on(&budget, &Arc::default(), SIZE, store);
             disk.store().fail_next(libc::EIO);
             let failed = request(&base, &disk).expect_err("a fault");
             assert_eq!(failed.errno(), libc::EIO);
-            let left = budget.used() - LEAF;
+            let left = budget.used() - SMALL;
             if can_punch {
                 assert_eq!(left, 0);
                 write(&base, &disk, 100, 2).expect("there is room");
@@ -266,7 +268,7 @@ fn what_a_failed_write_leaves_counts_until_it_is_punched_out() {
 #[test]
 fn what_waits_to_be_punched_out_is_room() {
     let reclaim = Arc::new(Reclaim::default());
-    let budget = Arc::new(Budget::new(LEAF + 2 * BLOCK));
+    let budget = Arc::new(Budget::new(SMALL + 2 * BLOCK));
     let (base, disk) = disk_on(&budget, &reclaim, SIZE, TestStore::default());
     with_thread(&reclaim, || {
         write(&base, &disk, 0, 2).expect("there is room");
@@ -290,7 +292,7 @@ fn what_waits_to_be_punched_out_is_room() {
 #[test]
 fn nobody_who_trims_before_he_writes_is_ever_refused() {
     let reclaim = Arc::new(Reclaim::default());
-    let budget = Arc::new(Budget::new(2 * LEAF + THREADS * BLOCK));
+    let budget = Arc::new(Budget::new(2 * SMALL + THREADS * BLOCK));
     let disks = [(); 2].map(|()| disk_on(&budget, &reclaim, SIZE, TestStore::default()));
     with_thread(&reclaim, || {
         on_threads(|thread| {
@@ -307,7 +309,7 @@ fn nobody_who_trims_before_he_writes_is_ever_refused() {
     for (_, disk) in &disks {
         disk.give_back();
     }
-    assert_eq!(budget.used(), 2 * LEAF);
+    assert_eq!(budget.used(), 2 * SMALL);
 }
 
 /// What is counted and what is in the store, after all kinds of requests of all threads
@@ -315,7 +317,7 @@ fn nobody_who_trims_before_he_writes_is_ever_refused() {
 #[test]
 fn what_is_counted_is_what_is_stored() {
     let reclaim = Arc::new(Reclaim::default());
-    let budget = Arc::new(Budget::new(LEAF + 40 * BLOCK));
+    let budget = Arc::new(Budget::new(SMALL + 40 * BLOCK));
     let (base, disk) = disk_on(&budget, &reclaim, SIZE, TestStore::default());
     let refused = AtomicUsize::new(0);
     with_thread(&reclaim, || {
@@ -351,7 +353,7 @@ fn what_is_counted_is_what_is_stored() {
     write(&base, &disk, 0, 8).expect("there is room");
     disk.give_back();
     let stored = disk.store().stored().len() as u64 * 512;
-    let counted = budget.used() - LEAF;
+    let counted = budget.used() - SMALL;
     assert!(stored <= counted, "{stored} stored, {counted} counted");
     let data = (0..64).filter(|block| state(&disk, *block) == State::Data);
     assert_eq!(data.count() as u64 * BLOCK, 8 * BLOCK);
@@ -372,7 +374,7 @@ fn copies_take_no_more_than_half() {
         },
     ];
     for copy in copies {
-        let budget = Arc::new(Budget::new(2 * (LEAF + 4 * BLOCK)));
+        let budget = Arc::new(Budget::new(2 * (SMALL + 4 * BLOCK)));
         let (base, disk) = disk_on(&budget, &Arc::default(), SIZE, TestStore::default());
         on_threads(|thread| {
             copy(&base, &disk, 2 * thread);
@@ -396,7 +398,7 @@ fn copies_take_no_more_than_half() {
 
 #[test]
 fn what_an_overlay_has_taken_is_given_back_when_it_is_dropped() {
-    let budget = Arc::new(Budget::new(2 * LEAF + 4 * BLOCK));
+    let budget = Arc::new(Budget::new(2 * SMALL + 4 * BLOCK));
     let disk = || disk_on(&budget, &Arc::default(), SIZE, TestStore::default());
     let (base, one) = disk();
     let (_, other) = disk();
@@ -405,10 +407,33 @@ fn what_an_overlay_has_taken_is_given_back_when_it_is_dropped() {
     assert_refused(write(&base, &other, 1, 1));
     trim(&base, &one, 0, 1).expect("a good trim");
     drop(one);
-    assert_eq!(budget.used(), LEAF + BLOCK);
+    assert_eq!(budget.used(), SMALL + BLOCK);
     write(&base, &other, 1, 3).expect("there is room");
     drop(other);
     assert_eq!(budget.used(), 0);
+}
+
+/// One of which all is zeroes needs no map, and lasts all the same.
+#[test]
+fn an_overlay_that_was_changed_counts_by_itself() {
+    let budget = Arc::new(Budget::new(2 * OVERLAY_LEN + LEAF));
+    let disks = [(); 4].map(|()| disk_on(&budget, &Arc::default(), SIZE, TestStore::default()));
+    let [(base, one), (_, other), (_, third), (_, untouched)] = &disks;
+    let all = SIZE / BLOCK;
+    for disk in [one, one, other] {
+        trim(base, disk, 0, all).expect("there is room");
+    }
+    assert_eq!(budget.used(), 2 * OVERLAY_LEN);
+    assert_refused(trim(base, third, 0, all));
+    assert_refused(write(base, third, 0, 1));
+    assert_refused(third.zero(base, 0, BLOCK, KEEP));
+    assert_eq!(state(third, 0), State::Base);
+    let mut copied = [0; BLOCK as usize];
+    untouched
+        .read(base, &mut copied, 0, true)
+        .expect("a good read");
+    assert_eq!(state(untouched, 0), State::Base, "it is not copied");
+    assert_eq!(budget.used(), 2 * OVERLAY_LEN);
 }
 
 /// On a disk so large that trims alone could take all memory.
@@ -416,7 +441,7 @@ fn what_an_overlay_has_taken_is_given_back_when_it_is_dropped() {
 fn a_trim_that_has_no_memory_does_what_needs_none_and_is_refused() {
     const PART: u64 = 2048;
     let large = 1 << 40;
-    let budget = Arc::new(Budget::new(100_000));
+    let budget = Arc::new(Budget::new(OVERLAY_LEN + 100_000));
     // Of one that can punch holes the first part of a trim makes room for the rest.
     let store = TestStore::with(false, true);
     let (base, disk) = disk_on(&budget, &Arc::default(), large, store);
@@ -482,11 +507,13 @@ fn the_tables_of_an_image_count() {
     let used = budget.used();
     drop(disk);
     assert_eq!(budget.used(), 0);
-    let node = used - 2 * per_part - 2 * THREADS * BLOCK;
+    let node = used - OVERLAY_LEN - 2 * per_part - 2 * THREADS * BLOCK;
     assert!((4096..5000).contains(&node), "{used}");
 
     let recorder = Recorder::holding(new_image(2 * SIZE, BLOCK));
-    let budget = Arc::new(Budget::new(node + per_part + BLOCK + LEAF + TABLES - 1));
+    let budget = Arc::new(Budget::new(
+        OVERLAY_LEN + node + per_part + BLOCK + LEAF + TABLES - 1,
+    ));
     let disk = kept_on(&budget, &recorder);
     write(&base, &disk, 0, 1).expect("there is room");
     assert_refused(trim(&base, &disk, SIZE / BLOCK + 9, 1));
@@ -558,7 +585,7 @@ fn a_trim_of_an_image_that_has_no_memory_gives_its_data_back() {
     const DATA: u64 = 1 << 20;
     let groups = SIZE.div_ceil(64 * 32 * BLOCK);
     // A leaf and the nodes above it, and less than another node.
-    let map = LEAF + 2 * 4104 + 4000;
+    let map = OVERLAY_LEN + LEAF + 2 * 4104 + 4000;
     let recorder = Recorder::holding(new_image(SIZE, BLOCK));
     let base = TestBase::new(SIZE);
     let budget = Arc::new(Budget::new(DATA + map + groups * TABLES));

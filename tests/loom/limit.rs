@@ -8,7 +8,7 @@ use loom::thread;
 
 use nbdkit_cow_filter::block::BlockNum;
 use nbdkit_cow_filter::overlay::budget::Share;
-use nbdkit_cow_filter::overlay::{Account, BlockMap, Budget, State, Zeroing};
+use nbdkit_cow_filter::overlay::{Account, BlockMap, Budget, OVERLAY_LEN, State, Zeroing};
 
 use super::{BLOCK, BLOCKS, Disk, ModelBase, disk};
 
@@ -64,7 +64,7 @@ fn of_two_who_take_the_rest_one_is_refused() {
 fn disk_for_one() -> (Arc<Disk>, Arc<Budget>) {
     let map = BlockMap::new(BlockNum(BLOCKS));
     map.set_data(&(BlockNum(0)..BlockNum(1))).expect("in range");
-    let budget = Arc::new(Budget::new(map.usage().memory + BLOCK));
+    let budget = Arc::new(Budget::new(OVERLAY_LEN + map.usage().memory + BLOCK));
     let disk = disk().limited(Some(Account::new(&budget)));
     (Arc::new(disk), budget)
 }

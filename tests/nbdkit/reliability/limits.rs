@@ -9,6 +9,8 @@ use crate::harness::{Base, Server, Setup, noise, run, scratch};
 /// One of the leaves of the block map, and one of its nodes, in bytes.
 const LEAF: u64 = 520;
 const NODE: u64 = 4104;
+/// What an overlay takes beside them.
+const OVERLAY: u64 = 16 << 10;
 const BLOCK: u64 = 4096;
 
 /// What the tests have in common: clients beside each other.
@@ -82,7 +84,7 @@ fn what_16_writers_have_stored_is_the_limit_to_a_block() {
     );
     let blocks: u64 = said.trim().parse().expect("a number");
     // The disk has 8 leaves below one node.
-    let taken = blocks * BLOCK + 8 * LEAF + NODE;
+    let taken = blocks * BLOCK + 8 * LEAF + NODE + OVERLAY;
     assert!(
         (LIMIT - BLOCK + 1..=LIMIT).contains(&taken),
         "{taken} of {LIMIT}"
@@ -100,7 +102,7 @@ fn what_16_writers_have_stored_is_the_limit_to_a_block() {
 
 #[test]
 fn who_trims_before_he_writes_is_never_refused() {
-    let limit = format!("cow-limit={}", NODE + 8 * LEAF + 16 * BLOCK);
+    let limit = format!("cow-limit={}", OVERLAY + NODE + 8 * LEAF + 16 * BLOCK);
     null("64M", &[&limit]).nbdsh_after(
         CLIENTS,
         &[],
@@ -179,6 +181,62 @@ fn exports_share_one_limit() {
         "#,
         &[],
     ));
+}
+
+/// With a plugin that has every export of which a client thinks.
+#[test]
+fn a_client_that_makes_up_names_of_exports_takes_no_more_memory() {
+    let server = null("64M", &["cow-limit=1M"]);
+    server.nbdsh_after(
+        CLIENTS,
+        &[],
+        r#"
+        def trim_all(name):
+            one = connect(name)
+            try:
+                one.trim(64 * M, 0)
+                return True
+            except nbd.Error as error:
+                assert error.errno == "ENOSPC", error
+                assert one.pread(BLOCK, 0) == bytes(BLOCK)
+                return False
+            finally:
+                one.shutdown()
+        trimmed = [trim_all("x" * 4000 + str(i)) for i in range(200)]
+        assert trimmed == [True] * 64 + [False] * 136, sum(trimmed)
+        # Who was there before is served.
+        assert trim_all("x" * 4000 + "0")
+        "#,
+    );
+    server.stop();
+}
+
+/// Each export to which something is written has a file.
+#[test]
+fn a_client_that_writes_to_many_exports_leaves_files_for_others() {
+    let setup = Setup::new().under(&["prlimit", "--nofile=160"]);
+    let server = setup.start(&["null", "size=64M", "cow-block-size=4K"]);
+    server.nbdsh_after(
+        CLIENTS,
+        &[],
+        r#"
+        def write(name):
+            one = connect(name)
+            stored = put(one, 0)
+            one.shutdown()
+            return stored
+        stored = [write(str(i)) for i in range(200)]
+        # How many connections are open at a time differs by one or two.
+        assert 100 < sum(stored) < 130, stored
+        # An export without a file is read, and one with a file is written to.
+        others = [connect("0") for i in range(8)]
+        for other in others:
+            assert put(other, 1)
+        assert connect("another").pread(BLOCK, 0) == bytes(BLOCK)
+        "#,
+    );
+    let log = server.stop_and_tell();
+    assert!(log.contains("ulimit -n"), "{log}");
 }
 
 #[test]

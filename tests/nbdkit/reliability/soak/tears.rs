@@ -74,7 +74,6 @@ impl Client<'_> {
         let how = self.random.of(&[Shutdown::Both, Shutdown::Write]);
         match self.target.may_fail_to_reply || in_flight == 0 {
             true => (cut, how),
-            false if in_flight == 1 => (0, how),
             false => (0, Shutdown::Write),
         }
     }

@@ -38,9 +38,8 @@ pub struct Target {
     pub fault: AtomicBool,
     /// The server is being killed.
     pub killed: AtomicBool,
-    /// nbdkit 1.32.4 and 1.32.5 end with a failed assertion if two replies of a connection
-    /// can't be sent, or one can't and something could not be received; also with one
-    /// thread.
+    /// nbdkit 1.32.4 and 1.32.5 may end with a failed assertion when a reply can't be sent;
+    /// also with one thread, one request in flight, and no filter.
     pub may_fail_to_reply: bool,
     /// One connects at a time, to see which socket of the server is its own.
     door: Mutex<()>,
