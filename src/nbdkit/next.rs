@@ -24,6 +24,8 @@ pub struct Capabilities {
     unit: u64,
     /// The most bytes in a request: a multiple of `unit`, below 2^32.
     max: u64,
+    /// The most bytes in a read: the same, but no more than [`MAX_READ`].
+    max_read: u64,
 }
 
 impl Capabilities {
@@ -79,14 +81,16 @@ impl Next {
             .advice()?
             .map_or((1, u32::MAX), |advice| (advice.minimum, advice.maximum));
         let (unit, max) = (u64::from(unit), u64::from(max));
+        // nbdkit checks what a plugin says, but not what a filter says, and there is one
+        // that takes any number for a maximum.
+        let max = whole_units(max, unit);
         Ok(Capabilities {
             size,
             can_extents,
             can_cache,
             unit,
-            // nbdkit checks what a plugin says, but not what a filter says, and there
-            // is one that takes any number for a maximum.
-            max: whole_units(max, unit),
+            max,
+            max_read: max.min(whole_units(MAX_READ, unit)),
         })
     }
 
@@ -148,10 +152,8 @@ impl NextBase<'_> {
 
     /// Reads a range of whole units.
     fn read_units(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let Capabilities { unit, max, .. } = *self.capabilities;
-        let max = max.min(whole_units(MAX_READ, unit));
         let mut at = offset;
-        for piece in buf.chunks_mut(max as usize) {
+        for piece in buf.chunks_mut(self.capabilities.max_read as usize) {
             let mut err = 0;
             let len = piece.len() as u32;
             let answer = call!(

@@ -218,8 +218,11 @@ impl<S: Store> Overlay<S> {
     /// can't be saved does not make the read fail.
     pub fn read(&self, base: &impl Base, buf: &mut [u8], offset: u64, copy: bool) -> Result<()> {
         let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
-        for run in self.map.runs(self.block_size.touched_by(range)) {
-            let (state, blocks) = run?;
+        let mut rest = self.block_size.touched_by(range);
+        while rest.start < rest.end {
+            let (state, end) = self.map.run(&rest)?;
+            let blocks = rest.start..end;
+            rest.start = end;
             let part = self.bytes_of(&blocks).clamp_to(range);
             if log::log_enabled!(log::Level::Trace) {
                 trace_read(part, state);

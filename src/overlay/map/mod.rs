@@ -118,12 +118,18 @@ impl BlockMap {
     ///
     /// Each word is looked at once, at some time during the call: blocks that
     /// others change meanwhile may be seen before or after the change.
+    #[inline(always)]
     pub fn run(&self, blocks: &Range<BlockNum>) -> Result<(State, BlockNum)> {
         self.check(blocks)?;
         // Most requests are about one block.
         if blocks.start.next() == blocks.end {
             return Ok((self.state_of(blocks.start.0), blocks.end));
         }
+        Ok(self.run_of_many(blocks))
+    }
+
+    #[inline(never)]
+    fn run_of_many(&self, blocks: &Range<BlockNum>) -> (State, BlockNum) {
         let (state, mut at) = self.run_in_slot(blocks.start.0, blocks.end.0);
         // A run that fills its slot may go on in the next.
         while at < blocks.end.0 && self.starts_slot(at) {
@@ -133,7 +139,7 @@ impl BlockMap {
             }
             at = end;
         }
-        Ok((state, BlockNum(at)))
+        (state, BlockNum(at))
     }
 
     /// The state of block `at`, and the end of the run that starts there, at most
