@@ -103,6 +103,23 @@ impl BlockNum {
     }
 }
 
+/// `blocks`, one part after the other: the one that begins at a block ends at `end_of` that
+/// block, or before it.
+pub fn parts(
+    blocks: Range<BlockNum>,
+    end_of: impl Fn(BlockNum) -> BlockNum,
+) -> impl Iterator<Item = Range<BlockNum>> {
+    let mut rest = blocks;
+    std::iter::from_fn(move || {
+        if rest.start >= rest.end {
+            return None;
+        }
+        let part = rest.start..rest.end.min(end_of(rest.start));
+        rest.start = part.end;
+        Some(part)
+    })
+}
+
 /// Bytes of the disk, `start` included, `end` not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ByteRange {

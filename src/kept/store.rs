@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::block::{BlockNum, ByteRange};
+use crate::block::{BlockNum, ByteRange, parts};
 use crate::error::{Error, Result};
 use crate::overlay::{Overlay, Purpose, Store};
 use crate::qcow2::file::ImageFile;
@@ -103,10 +103,7 @@ impl<F: ImageFile> Store for KeptStore<F> {
         blocks: &Range<BlockNum>,
         change: impl Fn(&Range<BlockNum>) -> Result<bool>,
     ) -> Result<()> {
-        let mut rest = blocks.clone();
-        while rest.start < rest.end {
-            let part = rest.start..rest.end.min(self.publish_end(rest.start));
-            rest.start = part.end;
+        for part in parts(blocks.clone(), |start| self.publish_end(start)) {
             self.image.publish(clusters_of(&part), || change(&part))?;
         }
         Ok(())

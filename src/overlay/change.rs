@@ -18,7 +18,7 @@ use super::stripes::{Deferral, Held};
 use super::write::SENT;
 use super::{Overlay, State, Store};
 use crate::base::Base;
-use crate::block::{BlockNum, ByteRange, Piece};
+use crate::block::{BlockNum, ByteRange, Piece, parts};
 use crate::buffer::buffer;
 use crate::counters::Counter;
 use crate::error::{Error, Result};
@@ -311,15 +311,7 @@ impl<S: Store> Overlay<S> {
         blocks: Range<BlockNum>,
         content: Content<'a>,
     ) -> impl Iterator<Item = Range<BlockNum>> + 'a {
-        let mut rest = blocks;
-        std::iter::from_fn(move || {
-            if rest.start >= rest.end {
-                return None;
-            }
-            let step = rest.start..rest.end.min(self.step_end(rest.start, content));
-            rest.start = step.end;
-            Some(step)
-        })
+        parts(blocks, move |start| self.step_end(start, content))
     }
 
     fn step_end(&self, start: BlockNum, content: Content<'_>) -> BlockNum {

@@ -100,7 +100,7 @@ pub use reclaim::Reclaim;
 pub use store::{Purpose, Store};
 
 use crate::base::Base;
-use crate::block::{BlockNum, BlockSize, ByteRange};
+use crate::block::{BlockNum, BlockSize, ByteRange, parts};
 use crate::buffer::buffer;
 use crate::counters::{Counter, Counters, Operation};
 use crate::error::{Error, Result};
@@ -297,10 +297,7 @@ impl<S: Store> Overlay<S> {
     /// no more than the copying of one area.
     fn fill(&self, blocks: Range<BlockNum>, bytes: &[u8], copied: Counter) -> Result<()> {
         let origin = self.block_size.start_of(blocks.start);
-        let mut rest = blocks;
-        while rest.start < rest.end {
-            let area = rest.start..rest.end.min(self.stripes.area_end(rest.start));
-            rest.start = area.end;
+        for area in parts(blocks, |start| self.stripes.area_end(start)) {
             let filled = self.stripes.exclusive(&area, |held| {
                 for run in self.map.runs(area.clone()) {
                     let (state, run) = run?;
@@ -342,12 +339,10 @@ impl<S: Store> Overlay<S> {
 
     fn copy_from_base(&self, base: &impl Base, blocks: Range<BlockNum>) -> Result<()> {
         let step = (CACHE_CHUNK / self.block_size.bytes()).max(1);
-        let mut rest = blocks;
-        let first = rest.start..rest.end.min(BlockNum(rest.start.0 + step));
+        let chunk_end = |start: BlockNum| BlockNum(start.0 + step);
+        let first = blocks.start..blocks.end.min(chunk_end(blocks.start));
         let mut bytes = buffer(self.bytes_of(&first).len())?;
-        while rest.start < rest.end {
-            let chunk = rest.start..rest.end.min(BlockNum(rest.start.0 + step));
-            rest.start = chunk.end;
+        for chunk in parts(blocks, chunk_end) {
             if !self.has_room_for_copy(&chunk) {
                 return Err(Error::over_limit("no more is copied"));
             }

@@ -9,7 +9,7 @@ use super::map::BlockMap;
 use super::stripes::{Exclusive, Held};
 use super::{Overlay, Purpose, State, Store};
 use crate::base::Base;
-use crate::block::{BlockNum, ByteRange, Piece};
+use crate::block::{BlockNum, ByteRange, Piece, parts};
 use crate::buffer::{buffer, is_zero};
 use crate::error::{Error, Result};
 
@@ -246,10 +246,7 @@ impl<S: Store> Overlay<S> {
             // In the parts in which it is published: a mark for all of them may need nothing
             // where one for a part needs a node. While it is published the map must not grow,
             // because who lacks room waits, and may hold a lock of the store by then.
-            let mut rest = blocks.clone();
-            while rest.start < rest.end {
-                let part = rest.start..rest.end.min(self.store.publish_end(rest.start));
-                rest.start = part.end;
+            for part in parts(blocks.clone(), |start| self.store.publish_end(start)) {
                 self.map.grow_for_zero(&part, purpose.share())?;
             }
         }

@@ -9,7 +9,7 @@ use super::map::BlockMap;
 use super::stripes::{AREA, Exclusive, Held};
 use super::{Overlay, Purpose, State, Store};
 use crate::base::Base;
-use crate::block::{BlockNum, ByteRange, Piece};
+use crate::block::{BlockNum, ByteRange, Piece, parts};
 use crate::buffer::is_zero;
 use crate::error::{Error, Result};
 
@@ -110,17 +110,9 @@ impl<S: Store> Overlay<S> {
     /// `blocks`, cut where it makes a difference to the block map, if that may not grow as it
     /// likes.
     fn parts_to_discard(&self, blocks: Range<BlockNum>) -> impl Iterator<Item = Range<BlockNum>> {
-        let mut rest = blocks;
-        std::iter::from_fn(move || {
-            if rest.start >= rest.end {
-                return None;
-            }
-            let mut part = rest.clone();
-            if self.limit.is_some() {
-                part.end = part.end.min(self.map.part_end(part.start));
-            }
-            rest.start = part.end;
-            Some(part)
+        parts(blocks, |start| match self.limit {
+            Some(_) => self.map.part_end(start),
+            None => BlockNum(u64::MAX),
         })
     }
 
