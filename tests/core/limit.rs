@@ -265,27 +265,36 @@ fn what_a_failed_write_leaves_counts_until_it_is_punched_out() {
     }
 }
 
+/// Also for another overlay.
 #[test]
 fn what_waits_to_be_punched_out_is_room() {
-    let reclaim = Arc::new(Reclaim::default());
-    let budget = Arc::new(Budget::new(SMALL + 2 * BLOCK));
-    let (base, disk) = disk_on(&budget, &reclaim, SIZE, TestStore::default());
-    with_thread(&reclaim, || {
-        write(&base, &disk, 0, 2).expect("there is room");
-        disk.store().punch_gate.close();
-        trim(&base, &disk, 0, 1).expect("a good trim");
-        disk.store().punch_gate.wait_for(1);
-        // It is stored still, and counts.
-        assert_eq!(budget.used(), budget.limit());
-        thread::scope(|scope| {
-            let other = tempt(scope, || write(&base, &disk, 2 * AREA / BLOCK, 1));
-            assert!(!other.is_finished(), "it was refused");
-            disk.store().punch_gate.open();
-            other.join().expect("no panic").expect("there is room");
+    for of_same in [true, false] {
+        let reclaim = Arc::new(Reclaim::default());
+        let budget = Arc::new(Budget::new(2 * SMALL + 2 * BLOCK));
+        let disks = [(); 2].map(|()| disk_on(&budget, &reclaim, SIZE, TestStore::default()));
+        let [(base, disk), (_, other)] = &disks;
+        // So that both have what their map needs.
+        for (base, disk) in &disks {
+            trim(base, disk, 9, 1).expect("there is room");
+        }
+        with_thread(&reclaim, || {
+            write(base, disk, 0, 2).expect("there is room");
+            disk.store().punch_gate.close();
+            trim(base, disk, 0, 1).expect("a good trim");
+            disk.store().punch_gate.wait_for(1);
+            // It is stored still, and counts.
+            assert_eq!(budget.used(), budget.limit());
+            thread::scope(|scope| {
+                let writer = if of_same { disk } else { other };
+                let written = tempt(scope, || write(base, writer, 2 * AREA / BLOCK, 1));
+                assert!(!written.is_finished(), "it was refused");
+                disk.store().punch_gate.open();
+                written.join().expect("no panic").expect("there is room");
+            });
         });
-    });
-    assert_eq!(budget.used(), budget.limit());
-    assert_eq!(state(&disk, 0), State::Zero);
+        assert_eq!(budget.used(), budget.limit());
+        assert_eq!(state(disk, 0), State::Zero);
+    }
 }
 
 /// Each has a block at a time, and there is room for all of them.
@@ -380,9 +389,17 @@ fn copies_take_no_more_than_half() {
     for copy in copies {
         let budget = Arc::new(Budget::new(2 * (SMALL + 4 * BLOCK)));
         let (base, disk) = disk_on(&budget, &Arc::default(), SIZE, TestStore::default());
-        on_threads(|thread| {
-            copy(&base, &disk, 2 * thread);
-            copy(&base, &disk, 2 * thread + 1);
+        // All of them find that there is room, and then store what they have read.
+        base.gate.close();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                on_threads(|thread| {
+                    copy(&base, &disk, 2 * thread);
+                    copy(&base, &disk, 2 * thread + 1);
+                });
+            });
+            base.gate.wait_for(THREADS as usize);
+            base.gate.open();
         });
         assert_eq!(budget.used(), budget.limit() / 2);
         let copied = (0..32).filter(|block| state(&disk, *block) == State::Data);
@@ -478,6 +495,16 @@ fn a_trim_that_has_no_memory_does_what_needs_none_and_is_refused() {
         assert_eq!(state(&disk, block), expected, "block {block}");
     }
     assert_eq!(budget.used(), memory);
+    // What comes first needs a leaf, and what follows needs nothing.
+    assert_refused(trim(&base, &disk, 5 * PART + 7, 3 * PART - 7));
+    for (block, expected) in [
+        (5 * PART + 7, State::Base),
+        (6 * PART + 7, State::Zero),
+        (7 * PART + 7, State::Zero),
+    ] {
+        assert_eq!(state(&disk, block), expected, "block {block}");
+    }
+    assert_eq!(budget.used(), memory);
     // Who is told by an error that a trim failed can do something about it. Zeroes that
     // must be zeroes are refused in the same way.
     let zeroes = Zeroing::Zero {
@@ -523,6 +550,33 @@ fn the_tables_of_an_image_count() {
     assert_refused(trim(&base, &disk, SIZE / BLOCK + 9, 1));
     assert_eq!(state(&disk, SIZE / BLOCK + 9), State::Base);
     disk.flush().expect("a good flush");
+}
+
+/// Of the image's tables, which both find missing.
+#[test]
+fn of_two_who_need_the_same_tables_none_is_refused_and_they_count_once() {
+    const BLOCK: u64 = 512;
+    const SIZE: u64 = AREA;
+    let needed = SMALL + TABLES + 2 * BLOCK;
+    // There is room for what both have in flight, or the second has to wait for the first.
+    for (room, at_once) in [(needed + TABLES, 2), (needed, 1)] {
+        let recorder = Recorder::holding(new_image(SIZE, BLOCK));
+        let base = TestBase::new(SIZE);
+        let budget = Arc::new(Budget::new(room));
+        let disk = kept_on(&budget, &recorder);
+        let write = |block| disk.write(&base, &[7; BLOCK as usize], block * BLOCK);
+        recorder.reserve_gate().close();
+        thread::scope(|scope| {
+            let first = scope.spawn(|| write(0));
+            recorder.reserve_gate().wait_for(1);
+            let second = tempt(scope, || write(1));
+            recorder.reserve_gate().wait_for(at_once);
+            recorder.reserve_gate().open();
+            first.join().expect("no panic").expect("there is room");
+            second.join().expect("no panic").expect("there is room");
+        });
+        assert_eq!(budget.used(), needed);
+    }
 }
 
 #[test]

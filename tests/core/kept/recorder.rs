@@ -81,6 +81,7 @@ struct Inner {
     fault: Mutex<Option<Fault>>,
     hold: Mutex<Option<Hold>>,
     gate: Gate,
+    reserve_gate: Gate,
     is_full: AtomicBool,
     sizes: AtomicUsize,
     reserves: AtomicUsize,
@@ -177,6 +178,11 @@ impl Recorder {
 
     pub fn gate(&self) -> &Gate {
         &self.0.gate
+    }
+
+    /// Passed before space is taken in advance.
+    pub fn reserve_gate(&self) -> &Gate {
+        &self.0.reserve_gate
     }
 
     fn wait_if(&self, here: Hold) {
@@ -296,6 +302,7 @@ impl ImageFile for Recorder {
 
     fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
         self.0.reserves.fetch_add(1, Ordering::SeqCst);
+        self.0.reserve_gate.pass();
         match self.0.is_full.load(Ordering::SeqCst) {
             true => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
             false => Ok(()),
