@@ -15,7 +15,7 @@ use nbdkit_cow_filter::temporary::{Directory, TemporaryStore};
 
 /// Longer than any step of a test takes on the slowest machine; only a test that
 /// is about to fail waits that long.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long a thread that must not go on is given to do so all the same. A lock
 /// that works makes no test fail by this, however slow the machine.

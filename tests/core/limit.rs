@@ -2,8 +2,8 @@
 //! there is room.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 
 use nbdkit_cow_filter::error::Result;
@@ -13,9 +13,11 @@ use nbdkit_cow_filter::overlay::{
 };
 use nbdkit_cow_filter::qcow2::image::Image;
 
-use crate::disk::{TestBase, TestStore, block_size, read_all, tempt, with_thread};
+use crate::disk::{
+    PATIENCE, TEMPTATION, TestBase, TestStore, block_size, read_all, tempt, with_thread,
+};
 use crate::kept::disk::{Kept, new_image};
-use crate::kept::recorder::Recorder;
+use crate::kept::recorder::{Fault, Hold, Portion, Recorder};
 
 type Disk = Overlay<TestStore>;
 
@@ -660,4 +662,69 @@ fn a_trim_of_an_image_that_has_no_memory_gives_its_data_back() {
     assert_eq!((usage.data, usage.unused), (0, 0));
     disk.write(&base, &vec![8; (DATA - BLOCK) as usize], 0)
         .expect("there is room, beside that node");
+}
+
+/// As [`tempt`], but nobody waits for the thread, which may hang for ever.
+fn begin(request: impl FnOnce() -> Result<()> + Send + 'static) -> mpsc::Receiver<Result<()>> {
+    let (begun, has_begun) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        begun.send(()).expect("received");
+        // Who has given up waiting for it is about to fail.
+        let _ = sender.send(request());
+    });
+    has_begun.recv().expect("sent");
+    thread::sleep(TEMPTATION);
+    receiver
+}
+
+/// Who publishes in an image holds a lock of it. Who waits for room may not hold that: what
+/// is in his way may need it to be settled.
+#[test]
+fn who_waits_for_room_keeps_nobody_from_publishing() {
+    const BLOCK: u64 = 512;
+    // Four leaves lie below a second node, which is not needed if all of them are marked at
+    // once. (The image publishes the first of them under the same lock as the first of all.)
+    const SIZE: u64 = (512 + 4) << 20;
+    const NODE: u64 = 4104;
+    let start = SMALL + 2 * NODE + TABLES + BLOCK;
+    let in_flight = (1 << 20) - 2 * BLOCK;
+    // What the four need beside the node; and the node.
+    for fits in [4 * TABLES, NODE] {
+        for fails in [false, true] {
+            let budget = Arc::new(Budget::new(start + in_flight + fits));
+            let recorder = Recorder::holding(new_image(SIZE, BLOCK));
+            let disk = Arc::new(kept_on(&budget, &recorder));
+            let write = |at: u64, bytes: Vec<u8>| {
+                let disk = Arc::clone(&disk);
+                move || disk.write(&TestBase::new(SIZE), &bytes, at)
+            };
+            // The next one in this part needs room for its blocks only.
+            write(0, vec![1; BLOCK as usize])().expect("there is room");
+            assert_eq!(budget.used(), start);
+            let next = recorder.step_count();
+            recorder.hold(Hold::Before(next));
+            recorder.fail(fails.then_some(Fault {
+                at: next,
+                errno: libc::EIO,
+                portion: Portion::Half,
+                stays: false,
+            }));
+            let first = begin(write(2 * BLOCK, vec![2; in_flight as usize]));
+            recorder.gate().wait_for(1);
+            assert_eq!(budget.used(), start + in_flight);
+            let second = begin(write(512 << 20, vec![0; 4 << 20]));
+            assert!(second.try_recv().is_err(), "it was refused too early");
+            recorder.gate().open();
+            let first = first.recv_timeout(PATIENCE).expect("it can publish");
+            let second = second.recv_timeout(PATIENCE).expect("it waits no more");
+            if fails {
+                assert_eq!(first.expect_err("a fault").errno(), libc::EIO);
+                second.expect("there is room");
+            } else {
+                first.expect("there is room");
+                assert_refused(second);
+            }
+        }
+    }
 }
