@@ -236,6 +236,8 @@ pub enum Call {
     ZeroRange(u64, u64),
 }
 
+pub type BeforePunch = Box<dyn FnMut(ByteRange) -> Result<()> + Send>;
+
 /// A store in memory. Pages that were never written hold garbage, not zeroes, so
 /// that a read of something that was never stored does not go unnoticed.
 pub struct TestStore {
@@ -248,6 +250,8 @@ pub struct TestStore {
     pub write_gate: Gate,
     /// Passed before a hole is punched.
     pub punch_gate: Gate,
+    /// Called then, with what is to be punched; what it fails with is what comes of it.
+    pub before_punch: Mutex<Option<BeforePunch>>,
     /// Who has punched a hole last.
     pub puncher: Mutex<Option<ThreadId>>,
     /// The call with this number (from 0, reads not counted) fails with this errno.
@@ -268,6 +272,7 @@ impl Default for TestStore {
             calls: Mutex::default(),
             write_gate: Gate::default(),
             punch_gate: Gate::default(),
+            before_punch: Mutex::default(),
             puncher: Mutex::default(),
             fail: Mutex::default(),
             changes: AtomicUsize::new(0),
@@ -428,6 +433,9 @@ impl Store for TestStore {
             return Ok(false);
         }
         self.punch_gate.pass();
+        if let Some(hook) = &mut *self.before_punch.lock().expect("no test thread died") {
+            hook(range)?;
+        }
         *self.puncher.lock().expect("no test thread died") = Some(thread::current().id());
         self.change(Call::Punch(range.start, range.end))?;
         self.take_out(range);

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 
-use nbdkit_cow_filter::error::Result;
+use nbdkit_cow_filter::error::{Error, Result};
 use nbdkit_cow_filter::kept::{self, KeptStore};
+use nbdkit_cow_filter::overlay::budget::Share;
 use nbdkit_cow_filter::overlay::{
     Account, BlockMap, Budget, OVERLAY_LEN, Overlay, Reclaim, State, Store, Zeroing,
 };
@@ -297,6 +298,45 @@ fn what_waits_to_be_punched_out_is_room() {
         assert_eq!(budget.used(), budget.limit());
         assert_eq!(state(disk, 0), State::Zero);
     }
+}
+
+/// What is given back while somebody makes room, another may have taken before he tries
+/// again.
+#[test]
+fn who_finds_no_room_tries_again_as_long_as_some_is_given_back() {
+    let (reclaim, budget) = (Arc::default(), Arc::new(Budget::new(2 * SMALL + 4 * BLOCK)));
+    let disks = [(); 2].map(|()| disk_on(&budget, &reclaim, SIZE, TestStore::default()));
+    let [(base, disk), (_, other)] = &disks;
+    trim(base, disk, 9, 1).expect("there is room");
+    // Two blocks of the other disk wait to be punched out, for which there is no space yet.
+    let hook = |hook| *other.store().before_punch.lock().expect("no panic") = Some(hook);
+    let full = || Err(Error::new(libc::ENOSPC, "a hole needs space"));
+    hook(Box::new(move |_| full()));
+    let far = AREA / BLOCK;
+    for block in [0, far] {
+        write(base, other, block, 1).expect("there is room");
+        trim(base, other, block, 1).expect("a good trim");
+    }
+    // The rest is that of another client, who gives a block back and takes one at once.
+    let account = Account::new(&budget);
+    account.take(2 * BLOCK, Share::All).expect("there is room");
+    let tries = Arc::new(AtomicUsize::new(0));
+    hook(Box::new({
+        let tries = Arc::clone(&tries);
+        move |range| {
+            if range.start == 0 {
+                return Ok(());
+            }
+            account.give_back(BLOCK);
+            if tries.fetch_add(1, Ordering::Relaxed) < 5 {
+                account.take(BLOCK, Share::All).expect("it was given back");
+            }
+            full()
+        }
+    }));
+    write(base, disk, 100, 2).expect("it may try again");
+    assert_eq!(tries.load(Ordering::Relaxed), 6);
+    assert_eq!(budget.used(), budget.limit());
 }
 
 /// Each has a block at a time, and there is room for all of them.
