@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -193,8 +194,11 @@ fn exports_are_told_apart_while_they_are_used() {
                     for e in exports]
 
         # No client disconnects: this is what is written every second.
-        while seen() != [("", 1, 0), ("other", 2, 1)]:
+        expected = [("", 1, 0), ("other", 2, 1)]
+        deadline = time.monotonic() + 60
+        while seen() != expected and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert seen() == expected, seen()
         assert document()["total"]["connections"] == {"now": 3, "ever": 3}
         "#,
     );
@@ -490,6 +494,11 @@ fn a_file_that_can_not_be_written_later_is_told_once() {
     }
     let told = || server.stderr().matches("cow-stats=").count();
     assert!(eventually(LIMIT, || told() > 0), "not told");
+    // It is tried again when the clients have gone, too: by a file beside it.
+    let gone = SystemTime::now();
+    let last_try = || fs::metadata(mount.path()).unwrap().modified().unwrap();
+    let is_tried = || last_try() > gone + Duration::from_secs(2);
+    assert!(eventually(LIMIT, is_tried), "not tried again");
     assert_eq!(
         read(&path)["total"]["connections"]["ever"],
         0,
