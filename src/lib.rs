@@ -15,6 +15,7 @@
 //! - [`file_system`]: what a file system can do for an overlay
 //! - [`sparse`]: system calls on sparse files
 //! - [`overlay_file`]: the file of an overlay, as messages name it
+//! - [`named_file`]: a file that gets its name when all of it is there
 //! - [`error_log`]: which failures go to the log
 //! - [`counters`]: what requests came to, in numbers
 //! - [`base`]: what lies beneath the overlay
@@ -36,6 +37,7 @@ pub mod filter;
 pub mod kept;
 // Its symbols are nbdkit's, which only the library finds when it is loaded. The tables
 // of the fuzzer name every function, so the linker would want them there as well.
+pub mod named_file;
 #[cfg(not(fuzzing))]
 pub mod nbdkit;
 pub mod overlay;

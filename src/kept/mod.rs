@@ -11,7 +11,7 @@ mod fingerprint;
 mod image_path;
 mod store;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -23,6 +23,7 @@ use crate::base::Base;
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
 use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
+use crate::named_file;
 use crate::overlay::{Account, Budget, Overlay, Reclaim};
 use crate::qcow2::header::{Header, User};
 use crate::qcow2::home;
@@ -323,10 +324,8 @@ impl Kept {
         self.path.expect_allowed(header.layout.end)?;
         let directory = self.path.open_directory()?;
         let failed = |e| self.path.failed(e, "making");
-        let named = tempfile::Builder::new()
-            .prefix(".cow-overlay-")
-            .tempfile_in(self.path.directory())
-            .map_err(failed)?;
+        let prefix = OsStr::new(".cow-overlay-");
+        let named = named_file::in_directory(self.path.directory(), prefix).map_err(failed)?;
         let file = named.as_file().try_clone().map_err(failed)?;
         // The umask may have taken some of it away.
         file.set_permissions(Permissions::from_mode(0o600))

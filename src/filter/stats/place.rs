@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -11,9 +11,7 @@ use tempfile::NamedTempFile;
 
 use super::document::START;
 use crate::error::{Error, Result};
-
-/// How many random characters follow the prefix.
-const RANDOM: usize = 6;
+use crate::named_file::{self, RANDOM_LEN};
 
 /// Where the documents are.
 pub struct Place {
@@ -75,7 +73,7 @@ impl Place {
         for entry in entries.flatten() {
             let name = entry.file_name();
             let name = name.as_encoded_bytes();
-            if name.starts_with(prefix) && name.len() == prefix.len() + RANDOM {
+            if name.starts_with(prefix) && name.len() == prefix.len() + RANDOM_LEN {
                 // Another user's stays.
                 let _ = fs::remove_file(entry.path());
             }
@@ -94,21 +92,14 @@ impl Place {
     }
 
     /// A file that has `document`, which goes away with the value.
-    fn make(&self, document: &str) -> io::Result<NamedTempFile<File>> {
+    fn make(&self, document: &str) -> io::Result<NamedTempFile> {
         let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
         if document.len() as u64 > limit {
             // The system would end the process by SIGXFSZ.
             return Err(io::Error::from_raw_os_error(libc::EFBIG));
         }
+        let named = named_file::in_directory(self.directory(), &self.prefix)?;
         // By calls of our own: the library's hide the errno of a failure.
-        let create = |path: &Path| {
-            let mut options = File::options();
-            options.write(true).create_new(true).mode(0o600).open(path)
-        };
-        let named = tempfile::Builder::new()
-            .prefix(&self.prefix)
-            .rand_bytes(RANDOM)
-            .make_in(self.directory(), create)?;
         let mut file = named.as_file();
         file.write_all(document.as_bytes())?;
         // Whatever the umask is: who may see it is up to the directory.

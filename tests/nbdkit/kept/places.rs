@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 
-use super::small::{SIZE, base, expected, look, read_by_qemu, serve, write_through};
+use super::small::{SIZE, base, expected, kept_in, look, read_by_qemu, serve, write_through};
 use super::{Seal, assert_refused, assert_says, check, text};
 use crate::harness::command::{command, outcome};
 use crate::harness::mount::Mount;
@@ -330,4 +330,22 @@ fn a_link_to_an_image_is_followed_as_qemu_follows_it() {
         &far,
         &["its backing file is ", "/disk.img, not "],
     );
+}
+
+/// The path of the image is allowed, and that of the file which is to become the image is
+/// too long: what the system says of it is told, in the form of all messages.
+#[test]
+fn why_an_image_can_not_be_made_is_said() {
+    let base = base();
+    let scratch = scratch();
+    let mut directory = scratch.path().to_owned();
+    while directory.as_os_str().len() < 3800 {
+        directory.push("d".repeat(200));
+    }
+    directory.push("d".repeat(4080 - directory.as_os_str().len() - 1));
+    fs::create_dir_all(&directory).expect("a directory");
+    let kept = kept_in(&directory, "i.qcow2");
+    let ended = Setup::new().run(&["file", base.path(), &kept], "nbdinfo --size \"$uri\"");
+    let message = format!("making {kept}: File name too long\n");
+    assert_says(&ended.stderr, &[&message]);
 }
