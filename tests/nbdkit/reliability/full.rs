@@ -7,10 +7,11 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use crate::harness::command::{command, outcome};
+use crate::harness::command::{LIMIT, command, eventually, outcome};
 use crate::harness::mount::{Mount, NbdFuse, Quota};
 use crate::harness::nbd::{Client, Request};
 use crate::harness::{Base, Server, Setup, noise, run};
@@ -21,6 +22,11 @@ const REGION: u64 = 4 << 20;
 /// Less than half of the disk goes into it.
 const ROOM: u64 = 24 << 20;
 const BLOCK: u64 = 4096;
+/// Behind the regions the disk is empty. A block of the file system has the tables of
+/// so much of the disk: each block here that is changed first needs space for new tables.
+const FAR: u64 = 32 << 20;
+const FAR_PLACES: u64 = 8;
+const DISK: u64 = WRITERS * REGION + WRITERS * FAR_PLACES * FAR;
 
 /// NBD has one error for a full file system and for a quota.
 const ENOSPC: u32 = 28;
@@ -73,6 +79,8 @@ struct Writer {
     content: Vec<u8>,
     random: u64,
     at_quota: bool,
+    /// The next place of its own behind the regions.
+    far: u64,
 }
 
 impl Writer {
@@ -84,6 +92,7 @@ impl Writer {
             content: base[start as usize..(start + REGION) as usize].to_vec(),
             random: number + 1,
             at_quota: false,
+            far: WRITERS * REGION + number * FAR_PLACES * FAR,
         }
     }
 
@@ -166,6 +175,19 @@ impl Writer {
         assert!(answer.is_ok() || is_refused, "{answer:?} to a flush");
     }
 
+    /// Zeroes a block for which an image has no tables yet. Where there is no space for them
+    /// that fails, and not the flush that would write them.
+    fn zero_far_away(&mut self) {
+        let answer = self.client.ask(Request::Zero {
+            offset: self.far,
+            length: BLOCK as u32,
+        });
+        let answer = answer.expect("an answer");
+        assert!(matches!(answer, Ok(()) | Err(ENOSPC)), "{answer:?}");
+        self.far += FAR;
+        self.flush();
+    }
+
     /// Writes until nothing more goes in, and on.
     fn fill(&mut self) {
         let mut refused = 0;
@@ -177,6 +199,9 @@ impl Writer {
             };
             refused += u32::from(!self.change(change, at, length));
             if refused == 6 {
+                for _ in 0..FAR_PLACES / 2 {
+                    self.zero_far_away();
+                }
                 return;
             }
             if turn % 32 == 0 {
@@ -220,7 +245,7 @@ fn each(writers: &mut [Writer], work: impl Fn(&mut Writer) + Sync) {
 fn fills_up(directory: &Path, overlay: Overlay, quota: Option<&Quota>) {
     let content = noise(1, (WRITERS * REGION) as usize);
     let disk = Disk {
-        base: Base::new(&content),
+        base: Base::sparse(DISK, &[(0, &content)]),
         directory,
         overlay,
     };
@@ -240,10 +265,17 @@ fn fills_up(directory: &Path, overlay: Overlay, quota: Option<&Quota>) {
     each(&mut writers, Writer::fill);
     each(&mut writers, Writer::compare);
     // Space that is given back is there for the next write, whoever comes first.
-    each(&mut writers, |writer| {
-        assert!(writer.change(Change::Trim, 0, REGION / 2));
-    });
-    allow(&mut writers, ROOM + ROOM / 2, true);
+    let trim = |writer: &mut Writer| assert!(writer.change(Change::Trim, 0, REGION / 2));
+    each(&mut writers, trim);
+    if quota.is_some() {
+        // No hole could be made until now. The next request that trims has them made.
+        allow(&mut writers, ROOM + ROOM / 2, true);
+        each(&mut writers, trim);
+        let image = || fs::metadata(disk.image()).map_or(0, |image| image.blocks() * 512);
+        let stored = || server.overlay_bytes() + image();
+        let is_given_back = eventually(LIMIT, || stored() <= ROOM / 4 * 3);
+        assert!(is_given_back, "{} bytes are still stored", stored());
+    }
     each(&mut writers, |writer| {
         for place in (0..REGION / 8).step_by(64 << 10) {
             assert!(writer.change(Change::Write, place, 64 << 10), "no space");
