@@ -405,14 +405,13 @@ fn cut_off(kind: Kind) {
     const SIZE: u64 = 1 << 20;
     let place = Place::new(kind);
     let server = place.serve(Setup::new(), &["pattern", &SIZE.to_string()]);
-    let at_start = Figures::of(&server);
     let mut model = Model::new(SIZE);
     let first = Ask::new(CMD_WRITE, BLOCK - 9, 3 * BLOCK as u32);
     Raw::connect(&server.socket(), true).write(first.offset, &payload(1, first));
     if kind != Kind::Connection {
         model.change(BLOCK - 9..4 * BLOCK - 9, Change::Written { seed: 1 });
     }
-    let figures = at_start.when_idle(&server);
+    let figures = Figures::when_idle(&server);
     for (command, flags) in [
         (CMD_READ, 0),
         (CMD_WRITE, 0),

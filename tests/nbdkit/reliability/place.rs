@@ -100,9 +100,10 @@ impl Figures {
         }
     }
 
-    /// When there are no more threads than at the start, because all clients have gone.
-    pub fn when_idle(self, server: &Server) -> Figures {
-        let is_idle = || Figures::of(server).threads == self.threads;
+    /// When all clients have gone: beside the main thread there are those of the filter,
+    /// which have names of their own.
+    pub fn when_idle(server: &Server) -> Figures {
+        let is_idle = || threads_of_nbdkit(server.pid()) == 1;
         assert!(eventually(LIMIT, is_idle), "{:?}", Figures::of(server));
         Figures::of(server)
     }
@@ -116,6 +117,15 @@ impl Figures {
         });
         assert!(is_same, "{now:?}, and before {self:?}");
     }
+}
+
+fn threads_of_nbdkit(pid: u32) -> usize {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("nbdkit's threads");
+    let names = tasks.flatten().map(|task| {
+        // One that has just ended has none.
+        fs::read_to_string(task.path().join("comm")).unwrap_or_default()
+    });
+    names.filter(|name| !name.starts_with("cow-")).count()
 }
 
 fn anonymous_memory(proc: &Path) -> u64 {
