@@ -42,6 +42,14 @@ fn await_disconnect(path: &Path, connections: u64) -> Value {
     })
 }
 
+/// Waits until the clients that there were have gone.
+pub fn await_disconnects(path: &Path) {
+    await_document(path, |document| {
+        let connections = &document["total"]["connections"];
+        connections["now"] == 0 && connections["ever"] != 0
+    });
+}
+
 /// A directory for the file, and that file's path.
 fn place() -> (tempfile::TempDir, PathBuf, String) {
     let directory = scratch();
