@@ -363,6 +363,14 @@ fn store(guest: &Mount, number: u64) -> std::io::Result<()> {
     file.sync_all()
 }
 
+/// The first `count` files are as they were created.
+fn expect_files(guest: &Mount, count: u64) {
+    for number in 0..count {
+        let (path, bytes) = guest_file(guest, number);
+        assert!(fs::read(path).expect("a file") == bytes, "file {number}");
+    }
+}
+
 /// A guest's file system, with a journal, has no more space below it than for a part of
 /// what goes into it.
 ///
@@ -407,17 +415,25 @@ fn a_guest_survives(overlay: Overlay) {
     for number in stored..more {
         store(&guest, number).expect("there is space now");
     }
-    for number in 0..more {
-        let (path, bytes) = guest_file(&guest, number);
-        assert!(fs::read(path).expect("a file") == bytes, "file {number}");
-    }
+    expect_files(&guest, more);
     guest.unmount();
     run(&["e2fsck", "-fn", file]);
     fuse.unmount();
-    server.stop();
-    if overlay == Overlay::Kept {
-        check(&disk.image());
+    if overlay == Overlay::Temporary {
+        server.stop();
+        return;
     }
+    // What the guest has synced is in the image.
+    server.kill();
+    check_after_a_crash(&disk.image());
+    let server = disk.serve();
+    let fuse = NbdFuse::new(&server.uri());
+    let guest = Mount::image(&fuse.file());
+    expect_files(&guest, more);
+    guest.unmount();
+    fuse.unmount();
+    server.stop();
+    check(&disk.image());
 }
 
 #[test]
