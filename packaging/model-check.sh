@@ -52,7 +52,8 @@ must_find 'lost-write untold-write blind-punch late-mark joined-flush late-failu
     kept::each_of_many_flushes_covers_what_was_written_before_it \
     kept::faults::no_flush_is_told_of_the_failure_of_one_after_a_good_one \
     limit::of_two_who_take_the_rest_one_is_refused
-must_find 'lost-update stale-leaf' \
+must_find 'lost-update stale-leaf greedy-start' \
+    limit::of_two_new_overlays_one_is_written_to \
     map::a_leaf_that_serves_another_part_is_not_taken_for_the_old_one \
     writes_of_two_neighbouring_blocks_both_survive
 forget_builds

@@ -20,6 +20,11 @@ use crate::overlay::{Account, Budget, Overlay, Reclaim, Store};
 use crate::sync::{Mutex, MutexGuard, locked};
 use crate::temporary::{Directory, TemporaryStore};
 
+/// So many of the files that a process may have open are left to clients that connect, for
+/// each of which nbdkit needs three or four: or one who writes to a thousand exports would
+/// lock all others out.
+const FILES_FOR_CLIENTS: u64 = 256;
+
 /// The overlays of a filter.
 pub enum Exports {
     Temporary(Temporary),
@@ -152,7 +157,12 @@ impl Member<'_> {
 
 impl Temporary {
     fn new(config: &Config, reclaim: &Arc<Reclaim>, budget: Option<Arc<Budget>>) -> Result<Self> {
-        let directory = Directory::from_environment()?;
+        // An overlay of a connection needs a file of its own, and ends with it.
+        let files_for_clients = match config.scope {
+            ScopeKind::Export => FILES_FOR_CLIENTS,
+            ScopeKind::Connection => 0,
+        };
+        let directory = Directory::from_environment()?.leaving_files(files_for_clients);
         let block_size = config
             .block_size
             .unwrap_or_else(|| directory.file_system().default_block_size());
@@ -161,7 +171,7 @@ impl Temporary {
             directory.path().display()
         );
         if let Some(budget) = &budget {
-            budget.expect_room_for_a_block(block_size)?;
+            budget.expect_room_for_a_block(block_size, 0)?;
         }
         Ok(Temporary {
             block_size,

@@ -27,7 +27,7 @@ use crate::named_file;
 use crate::overlay::{Account, Budget, Overlay, Reclaim};
 use crate::qcow2::header::{Header, User};
 use crate::qcow2::home;
-use crate::qcow2::image::Image;
+use crate::qcow2::image::{GROUP_TABLES_LEN, Image};
 use crate::qcow2::layout::Layout;
 use crate::sparse;
 use crate::sync::{Mutex, MutexGuard, locked};
@@ -224,7 +224,8 @@ impl Kept {
         self.recorded_name(backing)?;
         let file_system = self.path.try_file_system()?;
         if let Some(budget) = &self.budget {
-            budget.expect_room_for_a_block(self.block_size_on(&file_system))?;
+            let block_size = self.block_size_on(&file_system);
+            budget.expect_room_for_a_block(block_size, GROUP_TABLES_LEN)?;
         }
         self.path.open_directory()?;
         if !file_system.known_sparse {

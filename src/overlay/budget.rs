@@ -38,7 +38,7 @@ use super::limit::OVERLAY_LEN;
 use super::map::BlockMap;
 use crate::block::BlockSize;
 use crate::error::{Error, Result};
-use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, locked};
+use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, locked};
 
 /// See the module's documentation. All numbers are bytes.
 pub struct Budget {
@@ -46,6 +46,8 @@ pub struct Budget {
     taken: Mutex<Taken>,
     /// Somebody waits, and what is taken has changed; or somebody has stopped waiting.
     changed: Condvar,
+    /// See [`Budget::first_change`].
+    first_change: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -73,12 +75,14 @@ impl Budget {
             limit,
             taken: Mutex::default(),
             changed: Condvar::new(),
+            first_change: Mutex::new(()),
         }
     }
 
-    /// EINVAL if nothing at all could be stored in such blocks.
-    pub fn expect_room_for_a_block(&self, block_size: BlockSize) -> Result<()> {
-        let least = OVERLAY_LEN + block_size.bytes() + BlockMap::LEAF_LEN;
+    /// EINVAL if nothing at all could be stored in such blocks, where the first one needs
+    /// `tables` bytes more.
+    pub fn expect_room_for_a_block(&self, block_size: BlockSize, tables: u64) -> Result<()> {
+        let least = OVERLAY_LEN + block_size.bytes() + BlockMap::LEAF_LEN + tables;
         if self.limit >= least {
             return Ok(());
         }
@@ -100,6 +104,12 @@ impl Budget {
     pub fn used(&self) -> u64 {
         let taken = locked(&self.taken);
         taken.settled.saturating_add(taken.in_flight)
+    }
+
+    /// Held by an overlay until its first change has all that it needs. Who holds it may wait
+    /// for room, and who wants it has nothing in flight.
+    pub fn first_change(&self) -> MutexGuard<'_, ()> {
+        locked(&self.first_change)
     }
 
     /// Moves on when something that was settled is given back.

@@ -41,9 +41,14 @@
 //!
 //! # Locks
 //!
-//! Stripes, `is_charged` or `orphans`, then those of the store while it publishes, of
-//! `pending` or of the budget. Who has `is_charged` may wait for room: nobody who wants it
-//! has anything in flight, because nothing of this overlay was charged yet.
+//! Stripes, `orphans`, then those of the store while it publishes, of `pending` or of the
+//! budget.
+//!
+//! First changes, of all overlays, come one after the other: [`Limit::begin_change`] has a lock
+//! of the budget. Else two of them could each take what an overlay takes by itself, and
+//! neither would have room for its blocks. Who has that lock holds stripes, and may wait for
+//! room. Nobody who wants it has anything in flight, because it is the first thing that a
+//! change asks for.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -57,7 +62,7 @@ use super::stripes::Held;
 use super::{Overlay, Store};
 use crate::block::{BlockNum, BlockSize};
 use crate::error::Result;
-use crate::sync::{Mutex, locked};
+use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, locked};
 
 /// What an overlay takes beside its blocks and its map, with the name of its export, in
 /// bytes: never less than what it is, and a number that can be told.
@@ -71,7 +76,7 @@ pub struct Limit {
     account: Arc<Account>,
     block_size: BlockSize,
     /// The overlay itself is charged.
-    is_charged: Mutex<bool>,
+    is_charged: AtomicBool,
     /// Numbers of blocks that are charged, and are not stored as the map says it.
     orphans: Mutex<BTreeSet<u64>>,
 }
@@ -81,24 +86,31 @@ impl Limit {
         blocks * self.block_size.bytes()
     }
 
-    /// To be called before a change that needs `more`: charges the overlay itself. ENOSPC if
-    /// not both fit.
-    pub fn charge_overlay(&self, more: u64, share: Share) -> Result<()> {
-        let mut is_charged = locked(&self.is_charged);
-        if !*is_charged {
-            // Under the lock: who looks before another charges it, and asks after that, would
-            // count it twice.
-            let budget = self.account.budget();
-            budget.expect_fits(OVERLAY_LEN + more, share)?;
-            self.account.take(OVERLAY_LEN, share)?;
-            *is_charged = true;
+    /// To be called before a change that needs `more` beside the overlay itself. Charges that,
+    /// if this is the first change, and keeps other first changes out until what it returns
+    /// is dropped. ENOSPC if not both fit.
+    pub fn begin_change(
+        &self,
+        more: impl FnOnce() -> u64,
+        share: Share,
+    ) -> Result<Option<MutexGuard<'_, ()>>> {
+        if self.is_charged.load(Ordering::Acquire) {
+            return Ok(None);
         }
-        Ok(())
+        let first = self.account.budget().first_change();
+        // Another one may have been first.
+        if !self.is_charged.load(Ordering::Acquire) {
+            // The rest is charged again when it is known exactly.
+            let charge = self.account.charge(OVERLAY_LEN + more(), share)?;
+            charge.settle(OVERLAY_LEN);
+            self.is_charged.store(true, Ordering::Release);
+        }
+        Ok(Some(first))
     }
 
-    /// What [`Limit::charge_overlay`] would charge.
+    /// What [`Limit::begin_change`] would charge.
     fn uncharged_overlay(&self) -> u64 {
-        match *locked(&self.is_charged) {
+        match self.is_charged.load(Ordering::Acquire) {
             true => 0,
             false => OVERLAY_LEN,
         }
@@ -158,7 +170,7 @@ impl<S: Store> Overlay<S> {
         self.limit = Some(Limit {
             account,
             block_size: self.block_size,
-            is_charged: Mutex::new(is_changed),
+            is_charged: AtomicBool::new(is_changed),
             orphans: Mutex::default(),
         });
         self
@@ -176,7 +188,8 @@ impl<S: Store> Overlay<S> {
     ) -> Result<()> {
         let share = purpose.share();
         // A change that is going to be refused should not take memory.
-        limit.charge_overlay(limit.bytes(blocks.end.0 - blocks.start.0), share)?;
+        let bytes = limit.bytes(blocks.end.0 - blocks.start.0);
+        let first = limit.begin_change(|| bytes + self.map.memory_for(blocks), share)?;
         let budget = limit.account.budget();
         self.ask_for_room(limit, blocks, |bytes| budget.expect_fits(bytes, share))?;
         self.map.grow_for_data(blocks, share)?;
@@ -186,6 +199,7 @@ impl<S: Store> Overlay<S> {
             return self.publish(blocks, BlockMap::set_data);
         }
         let charge = self.charge(limit, blocks, share)?;
+        drop(first);
         let done = put().and_then(|()| self.publish_charged(limit, blocks, &charge));
         if done.is_err() {
             self.keep_orphans(limit, blocks, &charge)?;

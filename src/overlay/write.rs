@@ -242,7 +242,7 @@ impl<S: Store> Overlay<S> {
     ) -> Result<()> {
         debug_assert!(held.covers(blocks));
         if let Some(limit) = &self.limit {
-            limit.charge_overlay(0, purpose.share())?;
+            drop(limit.begin_change(|| 0, purpose.share())?);
             // In the parts in which it is published: a mark for all of them may need nothing
             // where one for a part needs a node. While it is published the map must not grow,
             // because who lacks room waits, and may hold a lock of the store by then.

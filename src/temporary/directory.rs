@@ -14,11 +14,6 @@ use crate::file_system::{FileSystem, NOT_KNOWN_SPARSE};
 use crate::sparse;
 use crate::sync::{Mutex, MutexGuard, locked};
 
-/// So many of the files that a process may have open are left to clients that connect, for
-/// each of which nbdkit needs three or four: or one who writes to a thousand exports would
-/// lock all others out.
-const FOR_CLIENTS: u64 = 256;
-
 /// A directory that was found fit to hold overlays.
 #[derive(Debug)]
 pub struct Directory {
@@ -27,6 +22,8 @@ pub struct Directory {
     /// The first overlay file. So one can be had even if nbdkit becomes a user (`-u`)
     /// who may not make any here.
     spare: Mutex<Option<File>>,
+    /// See [`Directory::leaving_files`].
+    files_left: u64,
 }
 
 impl Directory {
@@ -74,6 +71,7 @@ impl Directory {
         let directory = Directory {
             file_system,
             spare: Mutex::new(Some(spare)),
+            files_left: 0,
             path,
         };
         log::debug!("overlay directory: {directory:?}");
@@ -86,12 +84,19 @@ impl Directory {
         Ok(directory)
     }
 
+    /// This directory, of which no more files are opened once only so many are left that the
+    /// process may open, or a quarter of them if that is less.
+    pub fn leaving_files(mut self, files: u64) -> Self {
+        self.files_left = files;
+        self
+    }
+
     fn spare(&self) -> MutexGuard<'_, Option<File>> {
         locked(&self.spare)
     }
 
     /// A new file without a name, mode 0600, close-on-exec, sparse, of `size` bytes. ENOSPC
-    /// also if the process has nearly as many files open as it may have.
+    /// also if the process may open no more files for this.
     pub fn make_file(&self, size: u64) -> Result<File> {
         let failed = |e| {
             Error::io(
@@ -105,14 +110,36 @@ impl Directory {
         let spare = self.spare().take();
         let file = match spare {
             Some(file) => file,
-            None => {
-                let file = unnamed_file(&self.path).map_err(failed)?;
-                leave_some_to_clients(&file)?;
-                file
-            }
+            None => match unnamed_file(&self.path) {
+                Ok(file) => {
+                    self.expect_more_files_than_are_left(&file)?;
+                    file
+                }
+                Err(e) => {
+                    let error = failed(e);
+                    return Err(match error.errno() {
+                        libc::EMFILE | libc::ENFILE => no_file("too many are open"),
+                        _ => error,
+                    });
+                }
+            },
         };
         file.set_len(size).map_err(failed)?;
         Ok(file)
+    }
+
+    /// ENOSPC if `file`, which was just opened, is one of those that are left to others. Its
+    /// number tells it, because the system takes the lowest one that is free.
+    fn expect_more_files_than_are_left(&self, file: &File) -> Result<()> {
+        // Where the limit can't be had, there is none to keep.
+        let most = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+        let left = most.saturating_sub(file.as_raw_fd() as u64 + 1);
+        if left >= self.files_left.min(most / 4) {
+            return Ok(());
+        }
+        Err(no_file(&format!(
+            "of {most} that nbdkit may have open the last {left} are left for clients that connect"
+        )))
     }
 
     pub fn path(&self) -> &Path {
@@ -125,22 +152,11 @@ impl Directory {
     }
 }
 
-/// ENOSPC if `file`, which was just opened, is one of the last that may be. Its number tells
-/// it, because the system takes the lowest one that is free.
-fn leave_some_to_clients(file: &File) -> Result<()> {
-    // Where the limit can't be had, there is none to keep.
-    let most = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
-    let left = most.saturating_sub(file.as_raw_fd() as u64 + 1);
-    if left >= FOR_CLIENTS.min(most / 4) {
-        return Ok(());
-    }
-    Err(Error::new(
+fn no_file(why: &str) -> Error {
+    Error::new(
         libc::ENOSPC,
-        format!(
-            "no file for another overlay: of {most} that nbdkit may have open (ulimit -n) \
-             {left} are left, for clients that connect"
-        ),
-    ))
+        format!("no further overlay file: {why} (ulimit -n)"),
+    )
 }
 
 /// A file without a name, close-on-exec, mode 0600. (The library leaves the mode

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 
 use nbdkit_cow_filter::error::{Error, Result};
@@ -497,6 +497,51 @@ fn an_overlay_that_was_changed_counts_by_itself() {
         .expect("a good read");
     assert_eq!(state(untouched, 0), State::Base, "it is not copied");
     assert_eq!(budget.used(), 2 * OVERLAY_LEN);
+}
+
+/// All of them begin at once: none may take a part of the room and then lack the rest.
+#[test]
+fn of_new_overlays_as_many_are_written_to_as_there_is_room_for() {
+    for fit in [1, 3] {
+        for _ in 0..100 {
+            let budget = Arc::new(Budget::new(fit * (SMALL + BLOCK) + OVERLAY_LEN));
+            let disks = [(); THREADS as usize]
+                .map(|()| disk_on(&budget, &Arc::default(), SIZE, TestStore::default()));
+            let stored = AtomicU64::new(0);
+            let start = Barrier::new(THREADS as usize);
+            on_threads(|thread| {
+                let (base, disk) = &disks[thread as usize];
+                start.wait();
+                match write(base, disk, thread, 1) {
+                    Ok(()) => _ = stored.fetch_add(1, Ordering::Relaxed),
+                    refused => assert_refused(refused),
+                }
+            });
+            assert_eq!(stored.into_inner(), fit);
+            assert_eq!(budget.used(), fit * (SMALL + BLOCK));
+        }
+    }
+}
+
+/// On the largest disk a block needs four levels of nodes.
+#[test]
+fn a_first_write_that_lacks_a_byte_takes_nothing() {
+    let size = 7 << 60;
+    let needed = |limit| {
+        let budget = Arc::new(Budget::new(limit));
+        let (base, disk) = disk_on(&budget, &Arc::default(), size, TestStore::default());
+        let written = write(&base, &disk, 5, 1);
+        (written, budget.used(), disk.is_untouched())
+    };
+    let (written, used, _) = needed(u64::MAX);
+    written.expect("there is room");
+    let (written, exactly, _) = needed(used);
+    written.expect("there is room");
+    assert_eq!(exactly, used);
+    let (refused, used, is_untouched) = needed(used - 1);
+    assert_refused(refused);
+    assert_eq!(used, 0);
+    assert!(is_untouched);
 }
 
 /// On a disk so large that trims alone could take all memory.

@@ -65,8 +65,11 @@ fn disk_for_one() -> (Arc<Disk>, Arc<Budget>) {
     let map = BlockMap::new(BlockNum(BLOCKS));
     map.set_data(&(BlockNum(0)..BlockNum(1))).expect("in range");
     let budget = Arc::new(Budget::new(OVERLAY_LEN + map.usage().memory + BLOCK));
-    let disk = disk().limited(Some(Account::new(&budget)));
-    (Arc::new(disk), budget)
+    (disk_within(&budget), budget)
+}
+
+fn disk_within(budget: &Arc<Budget>) -> Arc<Disk> {
+    Arc::new(disk().limited(Some(Account::new(budget))))
 }
 
 fn write(disk: &Disk, block: u64) -> bool {
@@ -133,5 +136,23 @@ fn a_write_after_a_trim_has_its_room_beside_another_write() {
         thread.join().expect("no panic");
         assert!(is_written || write(&disk, 1));
         assert_settled(&disk, &budget);
+    });
+}
+
+/// There is room for both, but for the blocks of one only. Neither may take a part of that
+/// and leave the other without the rest.
+#[test]
+fn of_two_new_overlays_one_is_written_to() {
+    check(|| {
+        let (_, for_one) = disk_for_one();
+        let budget = Arc::new(Budget::new(OVERLAY_LEN + for_one.limit()));
+        let [one, other] = [(); 2].map(|()| disk_within(&budget));
+        let thread = {
+            let other = Arc::clone(&other);
+            thread::spawn(move || write(&other, 1))
+        };
+        let here = write(&one, 0);
+        let there = thread.join().expect("no panic");
+        assert!(here != there);
     });
 }

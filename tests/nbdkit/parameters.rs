@@ -53,6 +53,19 @@ fn a_limit_that_is_no_size_or_too_small_for_anything_is_refused() {
         let error = Setup::new().error(&plugin);
         assert!(error.contains("is too small"), "{error}");
     }
+    // An image has a table as well.
+    let base = Base::new(&noise(1, 10_000));
+    let overlay = format!("cow-overlay={}/diff", base.directory().display());
+    let needed = (16 << 10) + 4096 + 520 + 1152;
+    let mut plugin = ["file", base.path(), &overlay, "cow-block-size=4K", ""];
+    let limits = [needed - 1, needed].map(|limit| format!("cow-limit={limit}"));
+    plugin[4] = &limits[0];
+    let error = Setup::new().error(&plugin);
+    assert!(error.contains(&format!("takes {needed} bytes")), "{error}");
+    plugin[4] = &limits[1];
+    let server = Setup::new().start(&plugin);
+    server.nbdsh("h.pwrite(b'x', 0)");
+    server.stop();
 }
 
 #[test]

@@ -585,6 +585,30 @@ fn without_a_thread_each_disconnect_writes_it() {
     assert_eq!(document["total"]["connections"], connections(0, 3));
 }
 
+/// With a plugin that has every export of which a client thinks.
+#[test]
+fn names_that_a_client_makes_up_do_not_fill_the_file() {
+    let (_directory, path, parameter) = place();
+    let server = Server::start(&["null", "1M", &parameter]);
+    server.python(
+        r#"
+        for i in range(1050):
+            one = connect(f"{i:04}" + "\x01" * 4000)
+            one.trim(M, 0)
+            one.shutdown()
+        "#,
+    );
+    let document = await_disconnect(&path, 1050);
+    let exports = document["exports"].as_array().expect("an array");
+    assert_eq!(exports.len(), 1000);
+    assert_eq!(document["exports_left_out"], 50);
+    assert_eq!(document["total"]["requests"]["trim"]["count"], 1050);
+    let name = exports[999]["name"].as_str().expect("a name");
+    assert_eq!(name, format!("0999{}", "\u{1}".repeat(251)));
+    let length = fs::metadata(&path).expect("the file").len();
+    assert!(length < 6 << 20, "{length} bytes");
+}
+
 #[test]
 fn a_limit_is_told_with_what_counts_for_it() {
     let (_directory, path, parameter) = place();

@@ -24,6 +24,13 @@ pub struct Total {
     pub counts: Counts,
 }
 
+/// So many exports are told of: a client may be able to make up names, each of which takes
+/// place in the document.
+const MOST_EXPORTS: usize = 1000;
+
+/// In characters, of the name of an export.
+const LONGEST_NAME: usize = 255;
+
 /// What there is to tell of an export.
 #[derive(Debug, Default)]
 pub struct Figures {
@@ -73,7 +80,8 @@ impl AddAssign for Taken {
 impl Figures {
     pub fn json(&self) -> Value {
         let mut json = figures(&self.total, self.taken);
-        json.insert("name".into(), json!(self.name));
+        let name = self.name.chars().take(LONGEST_NAME).collect::<String>();
+        json.insert("name".into(), json!(name));
         json.insert("size".into(), json!(self.size));
         json.insert("block_size".into(), json!(self.block_size));
         Value::Object(json)
@@ -175,7 +183,8 @@ pub fn document(
             "package": env!("CARGO_PKG_NAME"),
             "version": env!("CARGO_PKG_VERSION"),
         },
-        "exports": of_exports.iter().map(Figures::json).collect::<Vec<_>>(),
+        "exports": of_exports.iter().take(MOST_EXPORTS).map(Figures::json).collect::<Vec<_>>(),
+        "exports_left_out": of_exports.len().saturating_sub(MOST_EXPORTS),
         "limit": budget.map(|budget| {
             json!({"bytes": budget.limit(), "used_bytes": budget.used()})
         }),

@@ -75,6 +75,7 @@ use crate::overlay_file::OverlayFile;
 use crate::sync::{Condvar, Mutex, locked};
 use group_set::GroupSet;
 use mark::Mark;
+pub use space::GROUP_TABLES_LEN;
 
 /// Changes are kept for so many clusters together, 1 KiB of L2 entries: a leaf
 /// of the block map.

@@ -237,6 +237,27 @@ fn a_client_that_writes_to_many_exports_leaves_files_for_others() {
     );
     let log = server.stop_and_tell();
     assert!(log.contains("ulimit -n"), "{log}");
+
+    // Where each connection has a file none is left to others, so that the last may be used.
+    let server = setup.start(&[
+        "null",
+        "size=64M",
+        "cow-block-size=4K",
+        "cow-scope=connection",
+    ]);
+    server.nbdsh_after(
+        CLIENTS,
+        &[],
+        r#"
+        written = 0
+        others = []
+        for i in range(30):
+            others.append(connect())
+            written += put(others[-1], 0)
+        assert written == 30, written
+        "#,
+    );
+    server.stop();
 }
 
 #[test]
