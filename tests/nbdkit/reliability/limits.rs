@@ -238,23 +238,24 @@ fn a_client_that_writes_to_many_exports_leaves_files_for_others() {
     let log = server.stop_and_tell();
     assert!(log.contains("ulimit -n"), "{log}");
 
-    // Where each connection has a file none is left to others, so that the last may be used.
-    let server = setup.start(&[
-        "null",
-        "size=64M",
-        "cow-block-size=4K",
-        "cow-scope=connection",
-    ]);
+    // Where each connection has a file of its own, none is left to others: all are used up.
+    let server = null("64M", &["cow-scope=connection"]);
     server.nbdsh_after(
         CLIENTS,
-        &[],
+        &[&server.pid().to_string()],
         r#"
-        written = 0
-        others = []
-        for i in range(30):
-            others.append(connect())
-            written += put(others[-1], 0)
-        assert written == 30, written
+        import os, resource
+
+        others = [connect() for i in range(30)]
+        server = int(ARGS[0])
+        used = {int(file) for file in os.listdir(f"/proc/{server}/fd")}
+        free = [file for file in range(1000) if file not in used]
+        _, hard = resource.prlimit(server, resource.RLIMIT_NOFILE)
+        resource.prlimit(server, resource.RLIMIT_NOFILE, (free[10], hard))
+        stored = [put(other, 0) for other in others]
+        written = stored.index(False)
+        assert 10 <= written and not any(stored[written:]), stored
+        assert others[0].pread(1, 0) == b"\7" and others[-1].pread(1, 0) == b"\0"
         "#,
     );
     server.stop();
