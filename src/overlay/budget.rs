@@ -18,7 +18,7 @@
 //!
 //! 1. Who waits has nothing in flight. [`Account::take`] settles at once, and a
 //!    [`Charge`] is the last thing that a change asks for before it takes what it has
-//!    charged.
+//!    charged. (That of a first change is settled or given back before more is asked for.)
 //! 2. Who has something in flight waits for nobody who may be waiting here. Such a request
 //!    has its stripes already, and takes only locks that are held for moments, and under
 //!    which nothing is charged.

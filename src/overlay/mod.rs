@@ -218,6 +218,7 @@ impl<S: Store> Overlay<S> {
     /// can't be saved does not make the read fail.
     pub fn read(&self, base: &impl Base, buf: &mut [u8], offset: u64, copy: bool) -> Result<()> {
         let range = ByteRange::checked(offset, buf.len() as u64, self.size)?;
+        // Not by `runs`, which the compiler calls for each block: most reads are of one.
         let mut rest = self.block_size.touched_by(range);
         while rest.start < rest.end {
             let (state, end) = self.map.run(&rest)?;
